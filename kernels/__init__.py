@@ -1,0 +1,1 @@
+"""Device code. Imports triton only. Read in this order: activations, cells, sync, sequence."""

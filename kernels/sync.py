@@ -1,0 +1,38 @@
+"""How the programs of one batch group wait for one another: a counter a group, published to with release, read with acquire.
+
+A time step is: every program stores its tile, then `publish`es; before it reads the whole group's tiles it `wait`s for
+n_h publications. Tiles of different time steps are different memory, so no program ever waits before it writes.
+"""
+
+import triton
+import triton.language as tl
+
+#: Above any count that publishing reaches: n_h * T stays below it (the host checks).
+RELEASED = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def publish(counter_ptr):
+    """Make what this program stored so far visible to every program that sees the count."""
+    # The release below is one thread's: without the barrier the stores of the other warps may still be on their way.
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter_ptr, target, polls):
+    """Poll until the count reaches `target`, `polls` more times at most; returns whether it did."""
+    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while (seen < target) & (polls > 0):
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        polls -= 1
+    # The acquire above is one thread's, too: the barrier orders the other threads' loads behind it.
+    tl.debug_barrier()
+    return seen >= target
+
+
+@triton.jit
+def give_up(counter_ptr, error_ptr, ok):
+    """After a wait that ran out: tell the host, and let the rest of the group through. NaN is on its way to them."""
+    tl.atomic_max(counter_ptr, RELEASED, mask=ok == 0, sem="release", scope="gpu")
+    tl.atomic_max(error_ptr, 1, mask=ok == 0, sem="relaxed", scope="sys")

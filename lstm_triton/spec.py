@@ -1,0 +1,78 @@
+"""What is computed: a frozen description of one recurrent cell, apart from how it is scheduled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Gates in torch.nn's order, which is the order of the rows of `w_ih`, `w_hh` and the biases.
+GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("r", "z", "n"), "rnn": ("h",)}
+
+#: Defaults of the options that every function and module takes but no kernel implements yet. Asking for anything else
+#: is refused by name, never ignored.
+LATER = {
+    "peephole": (None, False),
+    "coupled": (False,),
+    "w_hr": (None,),
+    "recurrent_activation": ("sigmoid",),
+    "output_activation": (None,),
+    "cell_clip": (None,),
+    "gate_clip": (None,),
+    "input_mask": (None,),
+    "recurrent_mask": (None,),
+    "lengths": (None,),
+    "mask": (None,),
+    "reset": (None,),
+    "return_cells": (False,),
+    "reset_after": (True,),
+    "memory": ("store",),
+    "proj_size": (0,),
+    "layer_norm": (False,),
+    "zoneout": (0.0, (0.0, 0.0)),
+    "recurrent_dropout": (0.0,),
+    "input_dropout": (0.0,),
+    "dropout_per_gate": (False,),
+}
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """One cell: its kind, its activation and whether it has biases.
+
+    cell: "lstm" (Hochreiter and Schmidhuber 1997, with Gers' forget gate), "gru" (Cho et al. 2014, reset after the
+        product, as torch.nn and cuDNN) or "rnn" (Elman 1990).
+    activation: "tanh", or "relu" for the rnn.
+    """
+
+    cell: str
+    activation: str = "tanh"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.cell not in GATES:
+            raise ValueError(f"cell must be one of {', '.join(map(repr, GATES))}, got {self.cell!r}")
+        allowed = ("tanh", "relu") if self.cell == "rnn" else ("tanh",)
+        if self.activation not in allowed:
+            raise NotImplementedError(
+                f"activation={self.activation!r} is not available for {self.cell!r}; expected one of {allowed}"
+            )
+
+    @property
+    def gates(self) -> int:
+        """G, the number of gate rows for each hidden unit."""
+        return len(GATES[self.cell])
+
+
+def refuse_later_options(**options: object) -> None:
+    """Raise NotImplementedError naming the first option that is not at its default."""
+    for name, value in options.items():
+        if not any(value is default or value == default for default in LATER[name] if _comparable(value, default)):
+            raise NotImplementedError(f"{name}={_short(value)} is not available in this version of lstm_triton")
+
+
+def _comparable(value: object, default: object) -> bool:
+    return value is default or isinstance(value, (bool, int, float, str, tuple))
+
+
+def _short(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return f"<tensor {tuple(shape)}>" if shape is not None else repr(value)
