@@ -75,7 +75,9 @@ def dot(rows, weights, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_resident(column_ptrs, masks_n, stride_k, K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+def load_resident(
+    column_ptrs, masks_n, stride_k, K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr
+):
     """All the weights a program needs, K tile by K tile: what stays on chip for the whole sequence.
 
     A segment is a run of K that tiles do not cross: all of K, or one gate's rows in the local backward.
@@ -143,7 +145,7 @@ def product_from_registers(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "first_group"])
 def sequence_forward(
     gates_ptr,  # [T, B, G*H] in: W_ih x + b_ih; out, with SAVE_GATES: the activated gates
     w_hh_ptr,  # [G*H, H]
@@ -156,6 +158,7 @@ def sequence_forward(
     error_ptr,  # [1], with SYNC
     T,
     B,
+    first_group,  # of this launch: where the groups cannot all wait at once, they come in several
     CELL: tl.constexpr, G: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, N_H: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
@@ -165,7 +168,7 @@ def sequence_forward(
 ):  # fmt: skip
     N: tl.constexpr = BLOCK_H * LANES
     STORAGE: tl.constexpr = y_ptr.dtype.element_ty
-    group = tl.program_id(0) // N_H
+    group = first_group + tl.program_id(0) // N_H
     member = tl.program_id(0) % N_H
     first_b = (group * BLOCK_B).to(tl.int64)
     batch = tl.zeros((1,), tl.int64) + B
@@ -206,11 +209,13 @@ def sequence_forward(
 
     rows_ptr = h0_ptr + first_b * H
     y_ptr += first_b * H
-    extra_ptr += first_b * H
+    if SAVE_EXTRA:
+        extra_ptr += first_b * H
     gates_ptr += first_b * (G * H)
     if REVERSE:
         y_ptr += (T - 1) * stride_t * H
-        extra_ptr += (T - 1) * stride_t * H
+        if SAVE_EXTRA:
+            extra_ptr += (T - 1) * stride_t * H
         gates_ptr += (T - 1) * stride_t * (G * H)
         stride_t = -stride_t
 
@@ -233,7 +238,9 @@ def sequence_forward(
         state_next = ()
         for tile in tl.static_range(TILES):
             if LOCAL:
-                h_gates = product_from_registers(h, column_ptrs, masks_n, 1, resident, tile, H, BLOCK_B, N, BLOCK_K, RESIDENT, DOT, ACC, PRECISION)
+                h_gates = product_from_registers(
+                    h, column_ptrs, masks_n, 1, resident, tile, H, BLOCK_B, N, BLOCK_K, RESIDENT, DOT, ACC, PRECISION
+                )
             else:
                 h_gates = product_from_memory(
                     rows_ptr, H, mask_b, column_ptrs[tile], masks_n[tile], 1, resident, poison,
@@ -266,7 +273,8 @@ def sequence_forward(
 
         rows_ptr = y_ptr
         y_ptr += stride_t * H
-        extra_ptr += stride_t * H
+        if SAVE_EXTRA:
+            extra_ptr += stride_t * H
         gates_ptr += stride_t * (G * H)
 
     for tile in tl.static_range(TILES):
@@ -275,7 +283,7 @@ def sequence_forward(
         give_up(counter_ptr, error_ptr, ok)
 
 
-@triton.jit(do_not_specialize=["T", "B", "chained"])
+@triton.jit(do_not_specialize=["T", "B", "chained", "first_group"])
 def sequence_backward(
     dy_ptr,  # [T, B, H]
     gates_ptr,  # [T, B, G*H] the activated gates, with SAVE_GATES
@@ -291,6 +299,7 @@ def sequence_backward(
     T,
     B,
     chained,  # 1 where slots[T] is there already: this launch goes on where another stopped
+    first_group,
     CELL: tl.constexpr, G: tl.constexpr, D: tl.constexpr, H_SLOT: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, N_H: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
@@ -299,7 +308,7 @@ def sequence_backward(
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, POLLS: tl.constexpr,
 ):  # fmt: skip
     STORAGE: tl.constexpr = slots_ptr.dtype.element_ty
-    group = tl.program_id(0) // N_H
+    group = first_group + tl.program_id(0) // N_H
     member = tl.program_id(0) % N_H
     first_b = (group * BLOCK_B).to(tl.int64)
     batch = tl.zeros((1,), tl.int64) + B
@@ -313,16 +322,20 @@ def sequence_backward(
     dy_ptr += first_b * H
     states_ptr += first_b * H
     state0_ptr += first_b * H
-    extra_ptr += first_b * H
-    gates_ptr += first_b * (G * H)
+    if SAVE_EXTRA:
+        extra_ptr += first_b * H
+    if SAVE_GATES:
+        gates_ptr += first_b * (G * H)
     slots_ptr += first_b * (D * H)
     if REVERSE:
         stride_t = -stride_t
     else:
         dy_ptr += (T - 1) * stride_t * H
         states_ptr += (T - 1) * stride_t * H
-        extra_ptr += (T - 1) * stride_t * H
-        gates_ptr += (T - 1) * stride_t * (G * H)
+        if SAVE_EXTRA:
+            extra_ptr += (T - 1) * stride_t * H
+        if SAVE_GATES:
+            gates_ptr += (T - 1) * stride_t * (G * H)
         slots_ptr += (T - 1) * stride_t * (D * H)
     rows_ptr = slots_ptr + stride_t * (D * H) + H_SLOT * H
 
@@ -388,7 +401,22 @@ def sequence_backward(
         state_next = ()
         for tile in tl.static_range(TILES):
             if LOCAL:
-                dh_w = product_from_registers(da, column_ptrs, masks_n, H, resident, tile, H, BLOCK_B, BLOCK_H, BLOCK_K, RESIDENT, DOT, ACC, PRECISION)
+                dh_w = product_from_registers(
+                    da,
+                    column_ptrs,
+                    masks_n,
+                    H,
+                    resident,
+                    tile,
+                    H,
+                    BLOCK_B,
+                    BLOCK_H,
+                    BLOCK_K,
+                    RESIDENT,
+                    DOT,
+                    ACC,
+                    PRECISION,
+                )
             else:
                 dh_w = product_from_memory(
                     rows_ptr, D * H, has_next, column_ptrs[tile], masks_n[tile], H, resident, poison,
@@ -425,8 +453,10 @@ def sequence_backward(
         rows_ptr = slots_ptr + H_SLOT * H
         dy_ptr -= stride_t * H
         states_ptr -= stride_t * H
-        extra_ptr -= stride_t * H
-        gates_ptr -= stride_t * (G * H)
+        if SAVE_EXTRA:
+            extra_ptr -= stride_t * H
+        if SAVE_GATES:
+            gates_ptr -= stride_t * (G * H)
         slots_ptr -= stride_t * (D * H)
 
     for tile in tl.static_range(TILES):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: The name of an activation, or (name, alpha, beta).
+Activation = str | tuple[str, float, float]
+
 #: Gates in torch.nn's order, which is the order of the rows of `w_ih`, `w_hh` and the biases.
 GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("r", "z", "n"), "rnn": ("h",)}
 
@@ -44,7 +47,7 @@ class CellSpec:
     """
 
     cell: str
-    activation: str = "tanh"
+    activation: Activation = "tanh"
     bias: bool = True
 
     def __post_init__(self) -> None:

@@ -1,0 +1,331 @@
+"""Allocate and launch: from a LaunchPlan and tensors to the two sequence kernels. The only importer of the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from .kernels import cells, sequence
+from .planner import INTERPRETER, Device, KernelPlan, LaunchPlan, device_like
+from .spec import CellSpec
+
+#: True where TRITON_INTERPRET=1 was set when triton was imported: the kernels run on the CPU, one program after another.
+INTERPRETED = isinstance(sequence.sequence_forward, InterpretedFunction)
+
+#: How often a program looks for a missing tile before it gives up: some ten seconds on a GPU, some seconds interpreted.
+POLLS = 1 << 17 if INTERPRETED else 1 << 24
+
+#: int32 counters lie a 128-byte line apart, one a group.
+COUNTER_STRIDE = 32
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What the kernels need to know of a cell, beyond its two functions."""
+
+    forward: Any
+    backward: Any
+    slots: int  # D: gradients stored for each hidden unit
+    h_slot: int  # where those by the recurrent product begin
+    save_gates: bool  # backward reads the activated gates
+    save_extra: bool  # and one more tile a unit
+
+
+_CELLS = {
+    ("lstm", "tanh"): _Cell(cells.lstm_forward, cells.lstm_backward, 4, 0, True, True),
+    ("gru", "tanh"): _Cell(cells.gru_forward, cells.gru_backward, 4, 1, True, True),
+    ("rnn", "tanh"): _Cell(cells.rnn_tanh_forward, cells.rnn_tanh_backward, 1, 0, False, False),
+    ("rnn", "relu"): _Cell(cells.rnn_relu_forward, cells.rnn_relu_backward, 1, 0, False, False),
+}
+_TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def slots(spec: CellSpec) -> tuple[int, int]:
+    """D and the first recurrent slot: the layout of what `backward` returns."""
+    cell = _CELLS[spec.cell, spec.activation]
+    return cell.slots, cell.h_slot
+
+
+def saves(spec: CellSpec) -> tuple[bool, bool]:
+    """Whether training keeps the activated gates [T, B, G*H] and the extra tile [T, B, H]."""
+    cell = _CELLS[spec.cell, spec.activation]
+    return cell.save_gates, cell.save_extra
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The planner's view of the device that holds `tensor`."""
+    return INTERPRETER if tensor.device.type != "cuda" else _cuda_device(tensor.device.index or 0)
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
+    return device_like(
+        p.name,
+        p.major * 10 + p.minor,
+        p.multi_processor_count,
+        getattr(p, "shared_memory_per_block_optin", 99 << 10),
+        getattr(p, "shared_memory_per_multiprocessor", 100 << 10),
+    )
+
+
+def forward(
+    plan: LaunchPlan,
+    gates: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    *,
+    reverse: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the forward kernel. gates [T, B, G*H] holds the input product; in training it comes back activated.
+
+    Returns y [T, B, H], the final state [B, H] (c for the LSTM, h for the others; in fp32 or fp64) and what else backward
+    reads, [T, B, H] or None.
+    """
+    T, B, _ = gates.shape
+    cell = _CELLS[plan.spec.cell, plan.spec.activation]
+    y = gates.new_empty(T, B, plan.H)
+    extra = torch.empty_like(y) if training and cell.save_extra else None
+    # A copy even where the dtype fits: the kernel updates it.
+    state = (h0 if c0 is None else c0).to(_accumulator(gates.dtype), copy=True)
+    constants = _constants(plan, plan.forward, training) | {"REVERSE": reverse}
+    with _synchronisation(plan.forward, T, gates) as (counters, error):
+        for first, last in _launches(plan.forward, T, reverse):
+            before = h0 if first == 0 else y[_at(first - 1, T, reverse)]
+            steps = _steps(first, last, T, reverse)
+            _run(
+                sequence.sequence_forward,
+                plan.forward,
+                (
+                    gates[steps],
+                    w_hh,
+                    b_hh,
+                    before,
+                    y[steps],
+                    state,
+                    None if extra is None else extra[steps],
+                    counters,
+                    error,
+                ),
+                (last - first, B),
+                constants,
+            )
+    return y, state, extra
+
+
+def backward(
+    plan: LaunchPlan,
+    dy: Tensor,
+    dh_n: Tensor,
+    dstate_n: Tensor,
+    gates: Tensor | None,
+    states: Tensor,
+    state0: Tensor,
+    extra: Tensor | None,
+    w_hh: Tensor,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernel (back-propagation through time).
+
+    dy [T, B, H]; dh_n, dstate_n [B, H] in the accumulator's dtype, overwritten; gates and extra as `forward` left them;
+    states [T, B, H] the state after each step and state0 [B, H] before the first. Returns the gradients by the
+    pre-activations [T, B, D*H], by h0 without what goes through W_hh, and by the first state.
+    """
+    T, B, _ = dy.shape
+    cell = _CELLS[plan.spec.cell, plan.spec.activation]
+    da = dy.new_empty(T, B, cell.slots * plan.H)
+    constants = _constants(plan, plan.backward, True) | {"REVERSE": reverse}
+    with _synchronisation(plan.backward, T, dy) as (counters, error):
+        # Time runs backwards, which is the forward order of the other direction.
+        for first, last in _launches(plan.backward, T, reverse):
+            steps = _steps(first, last, T, not reverse)
+            before = state0 if last == T else states[_at(last, T, not reverse)]
+            _run(
+                sequence.sequence_backward,
+                plan.backward,
+                (
+                    dy[steps],
+                    None if gates is None else gates[steps],
+                    states[steps],
+                    before,
+                    None if extra is None else extra[steps],
+                    w_hh,
+                    da[steps],
+                    dh_n,
+                    dstate_n,
+                    counters,
+                    error,
+                ),
+                (last - first, B, int(first > 0)),
+                constants,
+            )
+    return da, dh_n, dstate_n
+
+
+def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True) -> Any:
+    """Compile one kernel of `plan` for plan.device, which need not be there; returns triton's CompiledKernel.
+
+    Exactly what a launch would compile: the same source, constants and options. Not under TRITON_INTERPRET=1.
+    """
+    kernel_plan: KernelPlan = getattr(plan, direction)
+    kernel = sequence.sequence_forward if direction == "forward" else sequence.sequence_backward
+    constants = _constants(plan, kernel_plan, training) | {"REVERSE": False}
+    storage = f"*{_TRITON_DTYPES[plan.dtype]}"
+    accumulator = f"*{_TRITON_DTYPES[_accumulator(plan.dtype)]}"
+    special = {
+        "counter_ptr": "*i32",
+        "error_ptr": "*i32",
+        "T": "i32",
+        "B": "i32",
+        "chained": "i32",
+        "first_group": "i32",
+    }
+    special |= dict.fromkeys(("state_ptr", "dh_ptr", "dstate_ptr"), accumulator)
+    signature = {}
+    for name in kernel.arg_names:
+        absent = (
+            (name == "b_hh_ptr" and not constants["HAS_BIAS"])
+            or (name == "extra_ptr" and not constants["SAVE_EXTRA"])
+            or (name == "gates_ptr" and direction == "backward" and not constants["SAVE_GATES"])
+            or (name in ("counter_ptr", "error_ptr") and not constants["SYNC"])
+        )
+        if name in constants or absent:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        else:
+            signature[name] = special.get(name, storage)
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(kernel.arg_names)
+            if signature[name].startswith("*")
+        },
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", plan.device.capability, 32)
+    return triton.compile(source, target=target, options=_options(kernel_plan))
+
+
+def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str, Any]:
+    """The kernel's constexpr arguments, REVERSE apart."""
+    spec = plan.spec
+    cell = _CELLS[spec.cell, spec.activation]
+    storage = _TRITON_DTYPES[plan.dtype]
+    constants: dict[str, Any] = {
+        "G": spec.gates,
+        "H": plan.H,
+        "BLOCK_B": kernel.block_b,
+        "BLOCK_H": kernel.block_h,
+        "TILES": kernel.tiles,
+        "N_H": kernel.n_h,
+        "BLOCK_K": kernel.block_k,
+        "SPLIT_K": kernel.split_k,
+        "STAGES": kernel.stages,
+        "LOCAL": kernel.engine == "local",
+        "SYNC": kernel.synchronised,
+        "RESIDENT": kernel.resident,
+        "SAVE_GATES": training and cell.save_gates,
+        "SAVE_EXTRA": training and cell.save_extra,
+        # bf16 arithmetic is broken in the interpreter: multiply in fp32 there, which is exact for bf16 operands.
+        "DOT": tl.float32 if INTERPRETED and storage == tl.bfloat16 else storage,
+        "ACC": _TRITON_DTYPES[_accumulator(plan.dtype)],
+        "PRECISION": plan.precision,
+        "POLLS": POLLS,
+    }
+    if kernel.direction == "forward":
+        lanes = 1 << (spec.gates - 1).bit_length()
+        return constants | {"CELL": cell.forward, "LANES": lanes, "HAS_BIAS": spec.bias}
+    return constants | {"CELL": cell.backward, "D": cell.slots, "H_SLOT": cell.h_slot}
+
+
+def _options(kernel: KernelPlan) -> dict[str, Any]:
+    # Cooperative: an oversized grid of waiting programs is refused by the driver instead of never ending.
+    return {"num_warps": kernel.num_warps, "enable_fp_fusion": True, "launch_cooperative_grid": kernel.synchronised}
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _launches(kernel: KernelPlan, T: int, reverse: bool) -> Iterator[tuple[int, int]]:
+    """The steps of each launch, in the order in which they run: all at once, or one by one."""
+    if kernel.engine == "step":
+        yield from ((step, step + 1) for step in range(T))
+    else:
+        yield 0, T
+
+
+def _at(step: int, T: int, reverse: bool) -> int:
+    """Where in memory the step-th step lies."""
+    return T - 1 - step if reverse else step
+
+
+def _steps(first: int, last: int, T: int, reverse: bool) -> slice:
+    return slice(T - last, T - first) if reverse else slice(first, last)
+
+
+def _run(
+    kernel: Any, plan: KernelPlan, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], constants: dict[str, Any]
+) -> None:
+    for first_group in range(0, plan.n_b, plan.groups_at_once):
+        groups = min(plan.groups_at_once, plan.n_b - first_group)
+        kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **_options(plan))
+
+
+@contextlib.contextmanager
+def _synchronisation(kernel: KernelPlan, T: int, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Zeroed counters and the device's error word, under the tensors' own device.
+
+    The word is looked at before a launch, when whatever an earlier launch had to say has arrived without anyone waiting
+    for it; at once where that costs nothing (interpreted) or torch's anomaly detection asks for it.
+    """
+    on_device = torch.cuda.device_of(like)
+    with on_device:
+        if not kernel.synchronised:
+            yield None, None
+            return
+        if kernel.n_h * T >= 1 << 30:
+            raise ValueError(f"engine={kernel.engine!r} counts {kernel.n_h} programs x {T} steps, more than 2^30")
+        error = _error_word(like.device)
+        _raise_timeout(error)
+        yield torch.zeros(kernel.n_b * COUNTER_STRIDE, dtype=torch.int32, device=like.device), error
+        if INTERPRETED:
+            _raise_timeout(error)
+        elif torch.is_anomaly_enabled():
+            torch.cuda.current_stream().synchronize()
+            _raise_timeout(error)
+
+
+@cache
+def _error_word(device: torch.device) -> Tensor:
+    """One int32 in host memory that kernels write to, once, when a wait runs out: reading it needs no synchronisation."""
+    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def _raise_timeout(error: Tensor) -> None:
+    if error.item():
+        error.zero_()
+        raise RuntimeError(
+            "lstm_triton: a program waited in vain for its group, so an earlier result holds NaN. The programs of a group "
+            "must run at the same time: another kernel may have held the GPU, or the interpreter ran them one by one."
+        )

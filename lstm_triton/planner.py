@@ -1,0 +1,398 @@
+"""(spec, shape, dtype, device) -> a frozen LaunchPlan, by a model of one time step. The only place with tile numbers.
+
+The model is a floor, not a measurement: what a step must at least wait for, read, multiply and store. It ranks the
+schedules; the constants it needs are in tuned/*.json, one file for each GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib.resources import files
+
+import torch
+
+from .spec import CellSpec
+
+ENGINES = ("local", "resident", "streamed", "step")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DIRECTIONS = ("forward", "backward")
+
+#: A local program's tiles of hidden units: its product is unrolled over their square.
+MAX_LOCAL_TILES = 8
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model knows of a GPU. Times in us, rates per SM and clock."""
+
+    name: str
+    capability: int
+    sms: int
+    shared_per_program: int
+    shared_per_sm: int
+    registers_per_sm: int
+    clock_ghz: float
+    l2_round_trip_us: float
+    l2_bytes_per_clock: float
+    launch_us: float
+    flops_half: float
+    flops_tf32: float
+    flops_fp32: float
+    flops_fp64: float
+
+    def occupancy(self, num_warps: int, shared_bytes: int) -> int:
+        """Programs that one SM surely holds at once, whatever registers the compiler gives them (255 a thread at most)."""
+        by_registers = self.registers_per_sm // (num_warps * 32 * 256)
+        by_shared = self.shared_per_sm // (shared_bytes + 1024)
+        return min(by_registers, by_shared)
+
+
+@cache
+def devices() -> dict[str, Device]:
+    """The GPUs with a file in tuned/, by name."""
+    found = []
+    for path in sorted(files(__package__).joinpath("tuned").iterdir(), key=lambda p: p.name):
+        if path.name.endswith(".json"):
+            entry = json.loads(path.read_text())
+            entry.pop("source")
+            rates = {f"flops_{kind}": rate for kind, rate in entry.pop("flops_per_clock").items()}
+            found.append(Device(**entry, **rates))
+    return {device.name: device for device in found}
+
+
+#: Stands for Triton's interpreter: programs cost nothing and any number of them is there.
+INTERPRETER = replace(devices()["H200"], name="interpreter", sms=1 << 20, shared_per_program=1 << 30)
+
+
+def device_named(target: str) -> Device:
+    """The device called "H200", "nvidia h200", ... or a representative of "sm_90" (ValueError for any other name)."""
+    wanted = target.lower().replace("_", " ")
+    for device in devices().values():
+        if device.name.lower() in wanted or wanted == f"sm {device.capability}":
+            return device
+    raise ValueError(f"target must be one of {', '.join(devices())} or sm_80, sm_89, sm_90, sm_100, got {target!r}")
+
+
+def device_like(name: str, capability: int, sms: int, shared_per_program: int, shared_per_sm: int) -> Device:
+    """The device of that name or, for a GPU without a file, the nearest one known by capability, with its own sizes."""
+    try:
+        known = device_named(name)
+    except ValueError:
+        known = min(devices().values(), key=lambda d: abs(d.capability - capability))
+    return replace(
+        known,
+        name=name,
+        capability=capability,
+        sms=sms,
+        shared_per_program=shared_per_program,
+        shared_per_sm=shared_per_sm,
+    )
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One of the two kernels, scheduled."""
+
+    engine: str
+    direction: str  # "forward" or "backward"
+    block_b: int  # rows of the batch a program owns
+    block_h: int  # hidden units a tile
+    tiles: int  # tiles a program owns; more than one in local alone
+    block_k: int  # K tile of the recurrent product
+    split_k: int  # slices of a K tile, one on each warp or pair of warps
+    stages: int  # software pipeline of the K loop, where weights are read at every step
+    num_warps: int
+    resident: bool  # W_hh is loaded once
+    n_b: int  # groups: ceil(B / block_b)
+    n_h: int  # programs a group
+    groups_at_once: int  # groups of one launch; n_b, unless waiting programs must all fit on the GPU
+    shared_bytes: int  # upper estimate
+    step_us: float  # the model's estimate for one time step
+    parts: tuple[tuple[str, float], ...]  # of step_us, by cause
+
+    @property
+    def grid(self) -> int:
+        """Programs of one launch."""
+        return self.groups_at_once * self.n_h
+
+    @property
+    def synchronised(self) -> bool:
+        """Programs wait for one another, so all of a launch must be on the GPU at once."""
+        return self.engine in ("resident", "streamed")
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How one layer and direction would run: the forward kernel, the backward kernel, and why."""
+
+    spec: CellSpec
+    T: int
+    B: int
+    H: int
+    dtype: torch.dtype
+    device: Device
+    precision: str  # of fp32 products: "tf32" or "ieee"
+    forward: KernelPlan
+    backward: KernelPlan
+    others: tuple[str, ...]  # what else was considered, in words
+
+    @property
+    def engine(self) -> str:
+        return self.forward.engine
+
+    @property
+    def label(self) -> str:
+        """Short: engine and tile of both kernels."""
+        return " / ".join(f"{k.engine} {k.block_b}x{k.block_h * k.tiles}" for k in (self.forward, self.backward))
+
+    def explain(self) -> str:
+        """In words: what runs, what the model makes of it, and why not another engine."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float32:
+            dtype += f" ({self.precision} products)"
+        lines = [f"{self.spec.cell}, T={self.T}, B={self.B}, H={self.H}, {dtype} on {self.device.name}"]
+        for kernel in (self.forward, self.backward):
+            where = "on chip for the whole sequence" if kernel.resident else "read again at every step"
+            parts = " + ".join(f"{us:.2f} {name}" for name, us in kernel.parts)
+            lines += [
+                f"{kernel.direction}: {kernel.engine}, {kernel.n_b} group(s) of {kernel.n_h} program(s), "
+                f"{kernel.groups_at_once} group(s) a launch, {kernel.num_warps} warps a program",
+                f"  a program owns {kernel.block_b} rows x {kernel.block_h * kernel.tiles} hidden units; W_hh is {where}",
+                f"  product in K tiles of {kernel.block_k}, {kernel.split_k} slice(s) each; "
+                f"at most {kernel.shared_bytes / 1024:.0f} KiB of shared memory",
+                f"  estimated {kernel.step_us:.2f} us a step by the model, not measured: {parts}",
+            ]
+        return "\n".join([*lines, *self.others])
+
+
+def make_plan(
+    spec: CellSpec,
+    T: int,
+    B: int,
+    H: int,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    engine: str = "auto",
+    tile: tuple[int, int] | None = None,
+    precision: str = "tf32",
+) -> LaunchPlan:
+    """The cheapest schedule under the model. ValueError, saying why, where `engine` or `tile` cannot run the problem.
+
+    T does not enter the choice: a plan, and so a compiled kernel, serves every length.
+    """
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    if tile is not None:
+        tile = _checked_tile(tile)
+    if engine == "auto" and device is INTERPRETER:
+        engine = "step"
+    precision = precision if dtype == torch.float32 else "ieee"
+    forward, why_forward = _choose(spec, "forward", max(B, 1), H, dtype, device, engine, tile, precision)
+    backward, why_backward = _choose(spec, "backward", max(B, 1), H, dtype, device, engine, tile, precision)
+    return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward)
+
+
+def _checked_tile(tile: tuple[int, int]) -> tuple[int, int]:
+    block_b, block_h = tile
+    if not all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in (block_b, block_h)) or not (
+        16 <= block_b <= 128 and 8 <= block_h <= 256
+    ):
+        raise ValueError(
+            f"tile must be (block_b, block_h), powers of two with block_b from 16 to 128 and block_h from 8 to 256, got {tile}"
+        )
+    return block_b, block_h
+
+
+@lru_cache(maxsize=4096)
+def _choose(
+    spec: CellSpec,
+    direction: str,
+    B: int,
+    H: int,
+    dtype: torch.dtype,
+    device: Device,
+    engine: str,
+    tile: tuple[int, int] | None,
+    precision: str,
+) -> tuple[KernelPlan, tuple[str, ...]]:
+    best: dict[str, KernelPlan] = {}
+    reasons: dict[str, str] = {}
+    for name in ENGINES if engine == "auto" else (engine,):
+        for block_b, block_h in _tiles(name, B, H, tile):
+            plan = _schedule(name, direction, spec, B, H, block_b, block_h, dtype, device, precision)
+            if isinstance(plan, str):
+                reasons.setdefault(name, plan)
+            elif name not in best or plan.step_us < best[name].step_us:
+                best[name] = plan
+    if not best:
+        raise ValueError(
+            f"engine={engine!r} cannot run {spec.cell} with B={B}, H={H} on {device.name}: {reasons[name]}"
+        )
+    chosen = min(best.values(), key=lambda plan: plan.step_us)
+    others = [f"{name} {plan.step_us:.2f} us a step" for name, plan in best.items() if plan is not chosen]
+    others += [f"{name} not possible: {reason}" for name, reason in reasons.items() if name not in best]
+    return chosen, (f"{direction}, the other engines: {'; '.join(others)}",) if others else ()
+
+
+def _tiles(engine: str, B: int, H: int, tile: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
+    if tile is not None:
+        yield tile
+        return
+    for block_b in (16, 32, 64, 128):
+        if block_b > 16 and block_b >= 2 * B:
+            continue  # half of the rows or more would be empty
+        if block_b > 32 and engine in ("local", "resident"):
+            continue  # addresses of the operands on chip would fill the registers
+        for block_h in (16, 32, 64, 128) if engine == "local" else (8, 16, 32, 64):
+            if block_h < 2 * max(H, 8):
+                yield block_b, block_h
+
+
+def _schedule(
+    engine: str,
+    direction: str,
+    spec: CellSpec,
+    B: int,
+    H: int,
+    block_b: int,
+    block_h: int,
+    dtype: torch.dtype,
+    device: Device,
+    precision: str,
+) -> KernelPlan | str:
+    """One candidate with its cost, or in words why it cannot run."""
+    forward = direction == "forward"
+    lanes = _pow2(spec.gates) if forward else 1
+    k = H if forward else spec.gates * H
+    n_b = _ceil(B, block_b)
+    local = engine == "local"
+    tiles = _ceil(H, block_h) if local else 1
+    if tiles > MAX_LOCAL_TILES:
+        return f"H={H} in tiles of {block_h} is {tiles} tiles a program, more than {MAX_LOCAL_TILES}: raise block_h"
+    n_h = 1 if local else _ceil(H, block_h)
+    kind = {torch.float64: "fp64", torch.float32: "fp32" if precision == "ieee" else "tf32"}.get(dtype, "half")
+    n = block_h * lanes
+    block_k, split_k, stages, num_warps = _product(engine, direction, kind, block_b, block_h, n, k, device)
+    if block_b * block_h * tiles > num_warps * 32 * (4 if kind == "fp64" else 8) and device is not INTERPRETER:
+        return "the tile's states do not fit the registers"
+    if kind == "fp32" and not local and block_b * n > num_warps * 32 * 16 and device is not INTERPRETER:
+        return "the tile's exact fp32 products do not fit the registers"
+
+    itemsize = dtype.itemsize
+    segment = H if local else k  # a run of K that K tiles do not cross
+    slice_bytes = k // segment * _ceil(segment, block_k) * block_k * n * tiles * itemsize
+    scratch = max(block_b * block_k * itemsize, split_k * block_b * n * max(itemsize, 4)) + 1024
+    if local:
+        scratch = 2 * block_b * n * max(itemsize, 4) + 1024
+    resident = engine == "resident" or (local and slice_bytes + scratch <= device.shared_per_program)
+    if resident:
+        shared = slice_bytes + scratch
+    elif local:
+        shared = scratch + block_k * n * itemsize * 2
+    else:
+        shared = stages * (block_k * n + block_b * block_k) * itemsize + scratch
+    if shared > device.shared_per_program:
+        what = f"its slice of W_hh, {slice_bytes // 1024} KiB" if resident else "its K tiles"
+        return f"with tile {block_b}x{block_h} {what}, does not fit the {device.shared_per_program // 1024} KiB on chip"
+    if resident and kind == "fp32" and k * block_b * n > num_warps * 32 * 2048 and device is not INTERPRETER:
+        return "exact fp32 products from chip would not fit the registers; TF32 or the engine streamed do"
+
+    at_once = n_b
+    capacity = device.sms * device.occupancy(num_warps, shared) if device is not INTERPRETER else 1 << 30
+    if engine in ("resident", "streamed"):
+        if n_h > capacity:
+            return f"with tile {block_b}x{block_h} a group is {n_h} programs and only {capacity} are surely on the GPU at once"
+        at_once = min(n_b, capacity // n_h)
+    waves = _ceil(n_b, at_once) if at_once < n_b else _ceil(n_b * n_h, capacity)
+    parts = _step_parts(engine, device, kind, itemsize, block_b, n, k, tiles, resident, waves)
+    return KernelPlan(
+        engine=engine,
+        direction=direction,
+        block_b=block_b,
+        block_h=block_h,
+        tiles=tiles,
+        block_k=block_k,
+        split_k=split_k,
+        stages=stages,
+        num_warps=num_warps,
+        resident=resident,
+        n_b=n_b,
+        n_h=n_h,
+        groups_at_once=at_once,
+        shared_bytes=shared,
+        step_us=sum(us for _, us in parts),
+        parts=parts,
+    )
+
+
+def _product(
+    engine: str, direction: str, kind: str, block_b: int, block_h: int, n: int, k: int, device: Device
+) -> tuple[int, int, int, int]:
+    """K tile, K slices, pipeline stages and warps of the gate product.
+
+    Chosen by reading registers, spills and instructions of the compiled kernels (python -m lstm_triton.perf resources):
+    16 rows are one matrix instruction high, so a slice of K goes to each warp; from 32 rows on a plain product has no
+    redundant work, but from 64 on it needs its operands streamed.
+    """
+    if engine == "local":
+        return block_h, 1, 1, 8 if block_b * n > 4096 else 4
+    if kind == "fp32":  # no tensor cores: scalar FMA, and a short K tile, since it is unrolled
+        return 32 if k >= 32 else 16, 1, 2, 4
+    itemsize = {"half": 2, "tf32": 4, "fp64": 8}[kind]
+    if block_b == 16:
+        block_k, split_k, num_warps = 1024 // itemsize, 4, 4
+    elif block_b == 32 and n < 32:
+        block_k, split_k, num_warps = 1024 // itemsize, 4, 8
+    else:
+        block_k, split_k, num_warps = 128 // itemsize if block_b > 32 else 256 // itemsize, 1, 8
+    block_k = min(block_k, max(16, _pow2(k)))
+    stages = 3 if device.shared_per_program > 128 << 10 else 2
+    if engine != "resident":
+        while stages * block_k * (n + block_b) * itemsize > device.shared_per_program // 2 and block_k > 64:
+            block_k //= 2
+    return block_k, min(split_k, max(1, block_k // 16)), stages, num_warps
+
+
+def _step_parts(
+    engine: str,
+    device: Device,
+    kind: str,
+    itemsize: int,
+    block_b: int,
+    n: int,
+    k: int,
+    tiles: int,
+    resident: bool,
+    waves: int,
+) -> tuple[tuple[str, float], ...]:
+    """The model: us of one step by cause. Waiting is a store, a fence with an add, and a poll, one L2 round trip each."""
+    cycles_per_us = device.clock_ghz * 1e3
+    rate = getattr(device, f"flops_{kind}")
+    if kind != "fp32" and block_b < 64:
+        rate /= 2  # small tiles use the older matrix instructions
+    weights = k * n * tiles * itemsize
+    shared_bytes_per_clock = 128
+    parts = {}
+    if engine == "step":
+        parts["launch"] = device.launch_us
+    elif engine != "local":
+        parts["wait"] = 3 * device.l2_round_trip_us
+    if engine != "local":
+        parts["rows"] = block_b * k * itemsize / device.l2_bytes_per_clock / cycles_per_us
+    parts["weights"] = weights / (shared_bytes_per_clock if resident else device.l2_bytes_per_clock) / cycles_per_us
+    parts["product"] = 2 * block_b * k * n * tiles / rate / cycles_per_us
+    parts["cell"] = (300 + 300 * tiles + block_b * n * tiles / 4) / cycles_per_us
+    return tuple((name, us * waves) for name, us in parts.items())
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _pow2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
