@@ -11,9 +11,9 @@ state       what a unit carries through time in full precision: c for the LSTM, 
 gates       tuple of G activated gates, what backward reads again
 extra       one more tile that backward reads: the GRU's recurrent product of gate n. Unused elsewhere.
 dh, dstate  the loss's gradient by h[t] (all of it) and by state[t] (what came from step t+1)
-slots       tuple of gradients by the pre-activations, in the order in which they are stored. `slots[X_SLOT:][:G]` are those
-            by x, `slots[H_SLOT:][:G]` those by h: the same four for the LSTM; the GRU keeps four for its three gates, since
-            only gate n differs between the two.
+slots       tuple of D gradients by the pre-activations, in the order in which they are stored. `slots[:G]` are those
+            by x, `slots[H_SLOT:][:G]` those by h: the same four for the LSTM; the GRU keeps four for its three gates,
+            since only gate n differs between the two.
 dh_direct   the gradient by h[t-1] that does not go through W_hh
 """
 

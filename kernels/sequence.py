@@ -1,7 +1,8 @@
 """The two sequence kernels: gate product plus cell, over time. Every cell and every schedule is made from this text.
 
-Programs form groups of N_H; a group owns BLOCK_B rows of the batch, a program TILES * BLOCK_H hidden units of every gate.
-Forward, at each step: h_gates = h[t-1] W_hh^T, cell, store h[t]. Backward mirrors it: dh = da[t+1] W_hh, cell, store da[t].
+Programs form groups of N_H; a group owns BLOCK_B rows of the batch, a program TILES * BLOCK_H hidden units of every
+gate. Forward, at each step: h_gates = h[t-1] W_hh^T, cell, store h[t]. Backward mirrors it: dh = da[t+1] W_hh, cell,
+store da[t].
 Constexpr flags make the schedules:
 
     LOCAL     N_H = 1: one program owns all hidden units and multiplies from its registers; no waiting at all
@@ -10,8 +11,9 @@ Constexpr flags make the schedules:
 
     local: LOCAL. resident: SYNC and RESIDENT. streamed: SYNC. step: none of them, launched once a step with T = 1.
 
-Inside a tile the gates are interleaved, unit-major with the gate fastest, LANES (G rounded up to a power of two) columns a
-unit: one product serves all gates, and splitting it into a tile a gate crosses no warp. In memory nothing is interleaved.
+Inside a tile of the product the gates are interleaved, unit-major with the gate fastest, LANES (G rounded up to a power
+of two) columns a unit: one product serves all gates, and splitting it into a tile a gate crosses no warp. In memory
+nothing is interleaved.
 """
 
 import triton
@@ -36,8 +38,8 @@ def split_gates(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, LANES: tl.co
 def row_tile(ptr, stride, mask_b, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
     """Pointers, K indices and row mask of the first K tile of this group's rows.
 
-    [BLOCK_B, BLOCK_K], or [SPLIT_K, BLOCK_B, BLOCK_K / SPLIT_K]. A later tile is the same pointers plus k, which the compiler
-    turns into an immediate offset: pointers made anew for each tile would fill the registers.
+    [BLOCK_B, BLOCK_K], or [SPLIT_K, BLOCK_B, BLOCK_K / SPLIT_K]. A later tile is the same pointers plus k, an immediate
+    offset: pointers made anew for each tile would fill the registers.
     """
     offs_b = tl.arange(0, BLOCK_B)
     if SPLIT_K == 1:

@@ -1,4 +1,4 @@
-"""How the programs of one batch group wait for one another: a counter a group, published to with release, read with acquire.
+"""How the programs of one batch group wait for one another: a counter a group, release to publish, acquire to wait.
 
 A time step is: every program stores its tile, then `publish`es; before it reads the whole group's tiles it `wait`s for
 n_h publications. Tiles of different time steps are different memory, so no program ever waits before it writes.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import launch, ops, reference
 from .planner import DTYPES, ENGINES, LaunchPlan, device_named, make_plan
-from .spec import GATES, LATER, Activation, CellSpec, refuse_later_options
+from .spec import LATER, Activation, CellSpec, refuse_later_options
 
 
 def lstm(
@@ -29,9 +29,9 @@ def lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Long short-term memory: c[t] = f c[t-1] + i g, h[t] = o tanh(c[t]), gates W_ih x[t] + b_ih + W_hh h[t-1] + b_hh.
 
-    Shapes: x [T, B, I]; h0, c0 [B, H] or None (zeros); w_ih [4H, I], w_hh [4H, H], b_ih, b_hh [4H] or None, gates in the
-    order i, f, g, o. Returns y [T, B, H], h_n [B, H], c_n [B, H], in x's dtype: float16, bfloat16, float32 or float64;
-    gates, states and sums are float32 (float64 for float64) inside. fp32 recurrent products use TF32 where
+    Shapes: x [T, B, I]; h0, c0 [B, H] or None (zeros); w_ih [4H, I], w_hh [4H, H], b_ih, b_hh [4H] or None, gates in
+    the order i, f, g, o. Returns y [T, B, H], h_n [B, H], c_n [B, H], in x's dtype: float16, bfloat16, float32 or
+    float64; gates, states and sums are float32 (float64 for float64) inside. fp32 recurrent products use TF32 where
     torch.backends.cudnn allows it for RNNs; the products over all time steps follow torch.backends.cuda.matmul.
 
     reverse runs from the last step to the first. engine is "auto", "local", "resident", "streamed", "step" or
@@ -44,7 +44,8 @@ def lstm(
     refuse_later_options(
         peephole=peephole, coupled=coupled, w_hr=w_hr, recurrent_activation=recurrent_activation,
         output_activation=output_activation, cell_clip=cell_clip, gate_clip=gate_clip, input_mask=input_mask,
-        recurrent_mask=recurrent_mask, lengths=lengths, mask=mask, reset=reset, return_cells=return_cells, memory=memory,
+        recurrent_mask=recurrent_mask, lengths=lengths, mask=mask, reset=reset, return_cells=return_cells,
+        memory=memory,
     )  # fmt: skip
     return _run(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, engine, tile)
 
@@ -100,8 +101,8 @@ _FUNCTIONS = {"lstm": lstm, "gru": gru, "rnn": rnn}
 def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> LaunchPlan:
     """The LaunchPlan that lstm(), gru() or rnn() would use for the same arguments; nothing runs, meta tensors do.
 
-    target names a GPU that need not be there ("H200", "A100", "sm_90", ...); without it the plan is for the tensors' own
-    device, and ValueError is raised where no kernel would run on it.
+    target names a GPU that need not be there ("H200", "A100", "sm_90", ...); without it the plan is for the tensors'
+    own device, and ValueError is raised where no kernel would run on it.
     """
     if cell not in _FUNCTIONS:
         raise ValueError(f"cell must be one of {', '.join(map(repr, _FUNCTIONS))}, got {cell!r}")
@@ -143,7 +144,8 @@ def _run(
         return ops.sequence(x, h0, c0, w_ih, w_hh, b_ih, b_hh, spec=spec, reverse=reverse, engine=engine, tile=tile)
     if engine != "auto" and not _on_kernels(x):
         raise ValueError(
-            f"engine={engine!r} needs CUDA tensors (or TRITON_INTERPRET=1 before triton is imported), got x on {x.device}"
+            f"engine={engine!r} needs CUDA tensors (or TRITON_INTERPRET=1 before triton is imported), "
+            f"got x on {x.device}"
         )
     return _aten(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
 
@@ -206,7 +208,7 @@ def _check(
             raise TypeError(f"{name} must be a Tensor or None, got {type(tensor).__name__}")
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} must have shape {shape} ({len(GATES[spec.cell])} gate(s), H={H}, B={B}, I={I}), got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} ({G} gate(s), H={H}, B={B}, I={I}), got {tuple(tensor.shape)}"
             )
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")

@@ -18,7 +18,7 @@ from .kernels import cells, sequence
 from .planner import INTERPRETER, Device, KernelPlan, LaunchPlan, device_like
 from .spec import CellSpec
 
-#: True where TRITON_INTERPRET=1 was set when triton was imported: the kernels run on the CPU, one program after another.
+#: True where TRITON_INTERPRET=1 was set when triton was imported: kernels run on the CPU, one program after another.
 INTERPRETED = isinstance(sequence.sequence_forward, InterpretedFunction)
 
 #: How often a program looks for a missing tile before it gives up: some ten seconds on a GPU, some seconds interpreted.
@@ -96,8 +96,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the forward kernel. gates [T, B, G*H] holds the input product; in training it comes back activated.
 
-    Returns y [T, B, H], the final state [B, H] (c for the LSTM, h for the others; in fp32 or fp64) and what else backward
-    reads, [T, B, H] or None.
+    Returns y [T, B, H], the final state [B, H] (c for the LSTM, h for the others; in fp32 or fp64) and what else
+    backward reads, [T, B, H] or None.
     """
     T, B, _ = gates.shape
     cell = _CELLS[plan.spec.cell, plan.spec.activation]
@@ -318,7 +318,7 @@ def _synchronisation(kernel: KernelPlan, T: int, like: Tensor) -> Iterator[tuple
 
 @cache
 def _error_word(device: torch.device) -> Tensor:
-    """One int32 in host memory that kernels write to, once, when a wait runs out: reading it needs no synchronisation."""
+    """One int32 in host memory that a kernel sets when a wait runs out: reading it needs no synchronisation."""
     return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
@@ -326,6 +326,7 @@ def _raise_timeout(error: Tensor) -> None:
     if error.item():
         error.zero_()
         raise RuntimeError(
-            "lstm_triton: a program waited in vain for its group, so an earlier result holds NaN. The programs of a group "
-            "must run at the same time: another kernel may have held the GPU, or the interpreter ran them one by one."
+            "lstm_triton: a program waited in vain for its group, so an earlier result holds NaN. The programs of a "
+            "group must run at the same time: another kernel may have held the GPU, or Triton's interpreter ran them "
+            "one by one."
         )

@@ -23,7 +23,8 @@ _library.define(
 )
 _library.define(
     "backward(Tensor dy, Tensor dh_n, Tensor? dc_n, Tensor gates, Tensor y, Tensor extra, Tensor h0, Tensor? c0, "
-    "Tensor w_hh, str cell, str activation, bool bias, bool reverse, str engine, int[] tile) -> (Tensor, Tensor, Tensor)"
+    "Tensor w_hh, str cell, str activation, bool bias, bool reverse, str engine, int[] tile) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -90,7 +91,8 @@ def _fake_forward(
 
 def _backward(
     dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, gates: Tensor, y: Tensor, extra: Tensor, h0: Tensor,
-    c0: Tensor | None, w_hh: Tensor, cell: str, activation: str, bias: bool, reverse: bool, engine: str, tile: list[int],
+    c0: Tensor | None, w_hh: Tensor, cell: str, activation: str, bias: bool, reverse: bool, engine: str,
+    tile: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0 [B, H] complete, dc0 [B, H] (empty without c0)."""
     spec = CellSpec(cell, activation, bias)
@@ -121,7 +123,8 @@ def _backward(
 
 def _fake_backward(
     dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, gates: Tensor, y: Tensor, extra: Tensor, h0: Tensor,
-    c0: Tensor | None, w_hh: Tensor, cell: str, activation: str, bias: bool, reverse: bool, engine: str, tile: list[int],
+    c0: Tensor | None, w_hh: Tensor, cell: str, activation: str, bias: bool, reverse: bool, engine: str,
+    tile: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     T, B, H = dy.shape
     D, _ = launch.slots(CellSpec(cell, activation))

@@ -44,7 +44,7 @@ class Device:
     flops_fp64: float
 
     def occupancy(self, num_warps: int, shared_bytes: int) -> int:
-        """Programs that one SM surely holds at once, whatever registers the compiler gives them (255 a thread at most)."""
+        """Programs that one SM surely holds at once, with as many registers as a thread can have."""
         by_registers = self.registers_per_sm // (num_warps * 32 * 256)
         by_shared = self.shared_per_sm // (shared_bytes + 1024)
         return min(by_registers, by_shared)
@@ -160,7 +160,8 @@ class LaunchPlan:
             lines += [
                 f"{kernel.direction}: {kernel.engine}, {kernel.n_b} group(s) of {kernel.n_h} program(s), "
                 f"{kernel.groups_at_once} group(s) a launch, {kernel.num_warps} warps a program",
-                f"  a program owns {kernel.block_b} rows x {kernel.block_h * kernel.tiles} hidden units; W_hh is {where}",
+                f"  a program owns {kernel.block_b} rows x {kernel.block_h * kernel.tiles} hidden units; "
+                f"its part of W_hh is {where}",
                 f"  product in K tiles of {kernel.block_k}, {kernel.split_k} slice(s) each; "
                 f"at most {kernel.shared_bytes / 1024:.0f} KiB of shared memory",
                 f"  estimated {kernel.step_us:.2f} us a step by the model, not measured: {parts}",
@@ -202,7 +203,8 @@ def _checked_tile(tile: tuple[int, int]) -> tuple[int, int]:
         16 <= block_b <= 128 and 8 <= block_h <= 256
     ):
         raise ValueError(
-            f"tile must be (block_b, block_h), powers of two with block_b from 16 to 128 and block_h from 8 to 256, got {tile}"
+            "tile must be (block_b, block_h), powers of two with block_b from 16 to 128 and block_h from 8 to 256, "
+            f"got {tile}"
         )
     return block_b, block_h
 
@@ -277,7 +279,8 @@ def _schedule(
     kind = {torch.float64: "fp64", torch.float32: "fp32" if precision == "ieee" else "tf32"}.get(dtype, "half")
     n = block_h * lanes
     block_k, split_k, stages, num_warps = _product(engine, direction, kind, block_b, block_h, n, k, device)
-    if block_b * block_h * tiles > num_warps * 32 * (4 if kind == "fp64" else 8) and device is not INTERPRETER:
+    held = 4 if split_k > 1 or kind == "fp64" else 8  # values a thread can hold of each of the cell's tiles
+    if block_b * block_h * tiles > num_warps * 32 * held and device is not INTERPRETER:
         return "the tile's states do not fit the registers"
     if kind == "fp32" and not local and block_b * n > num_warps * 32 * 16 and device is not INTERPRETER:
         return "the tile's exact fp32 products do not fit the registers"
@@ -305,10 +308,11 @@ def _schedule(
     capacity = device.sms * device.occupancy(num_warps, shared) if device is not INTERPRETER else 1 << 30
     if engine in ("resident", "streamed"):
         if n_h > capacity:
-            return f"with tile {block_b}x{block_h} a group is {n_h} programs and only {capacity} are surely on the GPU at once"
+            return f"with tile {block_b}x{block_h} a group is {n_h} programs, and only {capacity} surely run at once"
         at_once = min(n_b, capacity // n_h)
     waves = _ceil(n_b, at_once) if at_once < n_b else _ceil(n_b * n_h, capacity)
-    parts = _step_parts(engine, device, kind, itemsize, block_b, n, k, tiles, resident, waves)
+    sharing = max(1.0, min(at_once * n_h, capacity) / device.sms)  # programs that share one SM
+    parts = _step_parts(engine, device, kind, itemsize, block_b, n, k, tiles, resident, waves, sharing)
     return KernelPlan(
         engine=engine,
         direction=direction,
@@ -368,8 +372,9 @@ def _step_parts(
     tiles: int,
     resident: bool,
     waves: int,
+    sharing: float,
 ) -> tuple[tuple[str, float], ...]:
-    """The model: us of one step by cause. Waiting is a store, a fence with an add, and a poll, one L2 round trip each."""
+    """The model: us of one step by cause. To wait is a store, a fence and add, and a poll: an L2 round trip each."""
     cycles_per_us = device.clock_ghz * 1e3
     rate = getattr(device, f"flops_{kind}")
     if kind != "fp32" and block_b < 64:
@@ -386,7 +391,7 @@ def _step_parts(
     parts["weights"] = weights / (shared_bytes_per_clock if resident else device.l2_bytes_per_clock) / cycles_per_us
     parts["product"] = 2 * block_b * k * n * tiles / rate / cycles_per_us
     parts["cell"] = (300 + 300 * tiles + block_b * n * tiles / 4) / cycles_per_us
-    return tuple((name, us * waves) for name, us in parts.items())
+    return tuple((name, us * waves * (1 if name in ("wait", "launch") else sharing)) for name, us in parts.items())
 
 
 def _ceil(a: int, b: int) -> int:

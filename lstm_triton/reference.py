@@ -1,7 +1,7 @@
 """The oracle: every cell in eager PyTorch, written from the equations, any float dtype, differentiable to any order.
 
-It knows nothing of the kernels. The signatures are those of lstm_triton.functional; `engine`, `tile` and `memory` say how
-to compute and not what, so they are taken and not used.
+It knows nothing of the kernels. The signatures are those of lstm_triton.functional; `engine` and `tile` say how to
+compute and not what, so they are taken and not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def lstm(
     refuse_later_options(
         peephole=peephole, coupled=coupled, w_hr=w_hr, recurrent_activation=recurrent_activation,
         output_activation=output_activation, cell_clip=cell_clip, gate_clip=gate_clip, input_mask=input_mask,
-        recurrent_mask=recurrent_mask, lengths=lengths, mask=mask, reset=reset, return_cells=return_cells, memory=memory,
+        recurrent_mask=recurrent_mask, lengths=lengths, mask=mask, reset=reset, return_cells=return_cells,
+        memory=memory,
     )  # fmt: skip
 
     def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
