@@ -18,8 +18,9 @@ def dsigmoid(y):
 
 @triton.jit
 def tanh(x):
-    """tanh to a few ulp of fp32: an odd minimax polynomial near 0, where 2 sigmoid(2x) - 1 would cancel."""
-    wide = 2 / (1 + tl.exp(-2 * x)) - 1
+    """tanh to a few ulp of fp32: an odd minimax polynomial near 0, where the quotient would cancel."""
+    wide = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    wide = tl.where(x < 0, -wide, wide)
     if x.dtype == tl.float64:
         return wide
     s = x * x

@@ -95,10 +95,29 @@ def load_resident(
 
 
 @triton.jit
+def sum_slices(acc, BLOCK_B: tl.constexpr, N: tl.constexpr, SPLIT_K: tl.constexpr):
+    """[SPLIT_K, BLOCK_B, N] -> [BLOCK_B, N], by one exchange between the warps.
+
+    tl.sum would shuffle besides, and leave the result in the matrix unit's layout, so that every tile of the cell takes
+    an exchange of its own after its load and before its store: three times the barriers in backward.
+    """
+    acc = tl.permute(acc, (1, 2, 0))
+    if SPLIT_K == 8:
+        a, b = tl.split(tl.reshape(acc, (BLOCK_B, N, 4, 2)))
+        acc = a + b
+    if SPLIT_K >= 4:
+        a, b = tl.split(tl.reshape(acc, (BLOCK_B, N, 2, 2)))
+        acc = a + b
+    a, b = tl.split(acc)
+    return a + b
+
+
+@triton.jit
 def product_from_memory(
     rows_ptr, row_stride, mask_b, column_ptr, mask_n, stride_k, resident, poison,
     K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    RESIDENT: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """rows [BLOCK_B, K] times weights [K, N], where the rows are the whole group's, read from memory.
 
@@ -111,9 +130,15 @@ def product_from_memory(
         acc = tl.full((SPLIT_K, BLOCK_B, N), 0, ACC) + poison
     row_ptrs, row_k, row_mask = row_tile(rows_ptr, row_stride, mask_b, BLOCK_B, BLOCK_K, SPLIT_K)
     if RESIDENT:
+        # AHEAD tiles are under way at any time: a barrier stands between two products, and no load passes it.
+        rows = ()
+        for k in tl.static_range(0, min(K, AHEAD * BLOCK_K), BLOCK_K):
+            rows = rows + (load_tile(row_ptrs + k, row_mask, row_k, K - k, MASK_K),)
         for k in tl.static_range(0, K, BLOCK_K):
-            rows = load_tile(row_ptrs + k, row_mask, row_k, K - k, MASK_K)
-            acc = dot(rows, resident[k // BLOCK_K], acc, DOT, PRECISION)
+            if k + AHEAD * BLOCK_K < K:
+                ptrs = row_ptrs + (k + AHEAD * BLOCK_K)
+                rows = rows + (load_tile(ptrs, row_mask, row_k, K - k - AHEAD * BLOCK_K, MASK_K),)
+            acc = dot(rows[k // BLOCK_K], resident[k // BLOCK_K], acc, DOT, PRECISION)
     else:
         ptrs, offs_k, mask = weight_tile(column_ptr, mask_n, stride_k, BLOCK_K, SPLIT_K)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -123,27 +148,36 @@ def product_from_memory(
             row_ptrs += BLOCK_K
             ptrs += BLOCK_K * stride_k
     if SPLIT_K > 1:
-        acc = tl.sum(acc, axis=0)
+        acc = sum_slices(acc, BLOCK_B, N, SPLIT_K)
     return acc
 
 
 @triton.jit
 def product_from_registers(
     rows, column_ptrs, masks_n, stride_k, resident, TILE: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     RESIDENT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tile TILE of the same product, where the rows are this program's own: a tuple of tiles [BLOCK_B, BLOCK_K]."""
     TILES: tl.constexpr = len(column_ptrs)
-    acc = tl.full((BLOCK_B, N), 0, ACC)
+    if SPLIT_K == 1:
+        acc = tl.full((BLOCK_B, N), 0, ACC)
+    else:
+        acc = tl.full((SPLIT_K, BLOCK_B, N), 0, ACC)
     for k in tl.static_range(len(rows)):
         if RESIDENT:
             weights = resident[k * TILES + TILE]
         else:
-            ptrs, offs_k, mask = weight_tile(column_ptrs[TILE], masks_n[TILE], stride_k, BLOCK_K, 1)
+            ptrs, offs_k, mask = weight_tile(column_ptrs[TILE], masks_n[TILE], stride_k, BLOCK_K, SPLIT_K)
             ptrs += (k // TILES * SEGMENT + k % TILES * BLOCK_K) * stride_k
             weights = load_tile(ptrs, mask, offs_k, SEGMENT - k % TILES * BLOCK_K, SEGMENT % BLOCK_K != 0)
-        acc = dot(rows[k], weights, acc, DOT, PRECISION)
+        if SPLIT_K == 1:
+            acc = dot(rows[k], weights, acc, DOT, PRECISION)
+        else:
+            slices = tl.permute(tl.reshape(rows[k], (BLOCK_B, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 0, 2))
+            acc = dot(slices, weights, acc, DOT, PRECISION)
+    if SPLIT_K > 1:
+        acc = sum_slices(acc, BLOCK_B, N, SPLIT_K)
     return acc
 
 
@@ -163,7 +197,7 @@ def sequence_forward(
     first_group,  # of this launch: where the groups cannot all wait at once, they come in several
     CELL: tl.constexpr, G: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, N_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     LOCAL: tl.constexpr, SYNC: tl.constexpr, RESIDENT: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
     SAVE_GATES: tl.constexpr, SAVE_EXTRA: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, POLLS: tl.constexpr,
@@ -173,8 +207,7 @@ def sequence_forward(
     group = first_group + tl.program_id(0) // N_H
     member = tl.program_id(0) % N_H
     first_b = (group * BLOCK_B).to(tl.int64)
-    batch = tl.zeros((1,), tl.int64) + B
-    stride_t = tl.sum(batch, axis=0)
+    stride_t = B.to(tl.int64)
     offs_b = tl.arange(0, BLOCK_B)
     mask_b = first_b + offs_b < B
     if SYNC:
@@ -193,7 +226,7 @@ def sequence_forward(
         unit = (member * TILES + tile) * BLOCK_H + offs_n // LANES
         mask_n = (offs_n % LANES < G) & (unit < H)
         row = offs_n % LANES * H + unit
-        column_ptrs = column_ptrs + (w_hh_ptr + row * H,)
+        column_ptrs = column_ptrs + (w_hh_ptr + row.to(tl.int64) * H,)
         masks_n = masks_n + (mask_n,)
         offs_h = (member * TILES + tile) * BLOCK_H + tl.arange(0, BLOCK_H)
         mask = mask_b[:, None] & (offs_h < H)[None, :]
@@ -241,12 +274,13 @@ def sequence_forward(
         for tile in tl.static_range(TILES):
             if LOCAL:
                 h_gates = product_from_registers(
-                    h, column_ptrs, masks_n, 1, resident, tile, H, BLOCK_B, N, BLOCK_K, RESIDENT, DOT, ACC, PRECISION
-                )
+                    h, column_ptrs, masks_n, 1, resident, tile,
+                    H, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, DOT, ACC, PRECISION,
+                )  # fmt: skip
             else:
                 h_gates = product_from_memory(
                     rows_ptr, H, mask_b, column_ptrs[tile], masks_n[tile], 1, resident, poison,
-                    H, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, STAGES, DOT, ACC, PRECISION,
+                    H, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
                 )  # fmt: skip
             if HAS_BIAS:
                 h_gates += bias[tile][None, :]
@@ -258,6 +292,8 @@ def sequence_forward(
 
             stored = h_t.to(STORAGE)
             tl.store(y_ptr + hidden[tile], stored, mask=masks[tile])
+            if SYNC:  # and so TILES == 1; what is saved for backward need not be out before the others go on
+                publish(counter_ptr)
             if SAVE_EXTRA:
                 tl.store(extra_ptr + hidden[tile], extra.to(STORAGE), mask=masks[tile])
             if SAVE_GATES:
@@ -270,8 +306,6 @@ def sequence_forward(
         state = state_next
         if LOCAL:
             h = h_next
-        if SYNC:
-            publish(counter_ptr)
 
         rows_ptr = y_ptr
         y_ptr += stride_t * H
@@ -304,7 +338,7 @@ def sequence_backward(
     first_group,
     CELL: tl.constexpr, G: tl.constexpr, D: tl.constexpr, H_SLOT: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, N_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     LOCAL: tl.constexpr, SYNC: tl.constexpr, RESIDENT: tl.constexpr, REVERSE: tl.constexpr,
     SAVE_GATES: tl.constexpr, SAVE_EXTRA: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, POLLS: tl.constexpr,
@@ -313,8 +347,7 @@ def sequence_backward(
     group = first_group + tl.program_id(0) // N_H
     member = tl.program_id(0) % N_H
     first_b = (group * BLOCK_B).to(tl.int64)
-    batch = tl.zeros((1,), tl.int64) + B
-    stride_t = tl.sum(batch, axis=0)
+    stride_t = B.to(tl.int64)
     offs_b = tl.arange(0, BLOCK_B)
     mask_b = first_b + offs_b < B
     if SYNC:
@@ -404,25 +437,13 @@ def sequence_backward(
         for tile in tl.static_range(TILES):
             if LOCAL:
                 dh_w = product_from_registers(
-                    da,
-                    column_ptrs,
-                    masks_n,
-                    H,
-                    resident,
-                    tile,
-                    H,
-                    BLOCK_B,
-                    BLOCK_H,
-                    BLOCK_K,
-                    RESIDENT,
-                    DOT,
-                    ACC,
-                    PRECISION,
-                )
+                    da, column_ptrs, masks_n, H, resident, tile,
+                    H, BLOCK_B, BLOCK_H, BLOCK_K, SPLIT_K, RESIDENT, DOT, ACC, PRECISION,
+                )  # fmt: skip
             else:
                 dh_w = product_from_memory(
                     rows_ptr, D * H, has_next, column_ptrs[tile], masks_n[tile], H, resident, poison,
-                    G * H, BLOCK_B, BLOCK_H, BLOCK_K, SPLIT_K, RESIDENT, STAGES, DOT, ACC, PRECISION,
+                    G * H, BLOCK_B, BLOCK_H, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
                 )  # fmt: skip
             saved = ()
             if SAVE_GATES:

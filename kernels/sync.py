@@ -21,18 +21,18 @@ def publish(counter_ptr):
 
 @triton.jit
 def wait(counter_ptr, target, polls):
-    """Poll until the count reaches `target`, `polls` more times at most; returns whether it did."""
+    """Poll until the count reaches `target`, `polls` more times at most; returns whether it did, and nobody gave up."""
     seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     while (seen < target) & (polls > 0):
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
         polls -= 1
     # The acquire above is one thread's, too: the barrier orders the other threads' loads behind it.
     tl.debug_barrier()
-    return seen >= target
+    return (seen >= target) & (seen < RELEASED)
 
 
 @triton.jit
 def give_up(counter_ptr, error_ptr, ok):
-    """After a wait that ran out: tell the host, and let the rest of the group through. NaN is on its way to them."""
+    """After a wait that ran out: tell the host, and let the rest of the group through, to give up as well."""
     tl.atomic_max(counter_ptr, RELEASED, mask=ok == 0, sem="release", scope="gpu")
     tl.atomic_max(error_ptr, 1, mask=ok == 0, sem="relaxed", scope="sys")

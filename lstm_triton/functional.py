@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import launch, ops, reference
-from .planner import DTYPES, ENGINES, LaunchPlan, device_named, make_plan
+from .planner import DTYPES, ENGINES, LaunchPlan, check_tile, device_named, make_plan
 from .spec import LATER, Activation, CellSpec, refuse_later_options
 
 
@@ -112,7 +112,7 @@ def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> Lau
     spec = CellSpec(cell, a["activation"], a["b_ih"] is not None or a["b_hh"] is not None)
     refuse_later_options(**{name: value for name, value in a.items() if name in LATER})
     x, w_hh, engine, tile = a["x"], a["w_hh"], a["engine"], a["tile"]
-    _check(spec, x, a["h0"], a.get("c0"), a["w_ih"], w_hh, a["b_ih"], a["b_hh"], engine)
+    _check(spec, x, a["h0"], a.get("c0"), a["w_ih"], w_hh, a["b_ih"], a["b_hh"], engine, tile)
     T, B, _ = x.shape
     if target is None:
         if engine == "reference" or not _on_kernels(x):
@@ -128,7 +128,7 @@ def _run(
     spec: CellSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
     b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool, engine: str, tile: tuple[int, int] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _check(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, engine)
+    _check(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, engine, tile)
     if engine == "reference":
         states = (h0, c0) if spec.cell == "lstm" else (h0,)
         function = getattr(reference, spec.cell)
@@ -140,7 +140,7 @@ def _run(
     if spec.bias:
         b_ih = w_ih.new_zeros(w_ih.shape[0]) if b_ih is None else b_ih
         b_hh = w_hh.new_zeros(w_hh.shape[0]) if b_hh is None else b_hh
-    if _on_kernels(x) and x.numel():
+    if _on_kernels(x) and 0 not in x.shape[:2]:
         return ops.sequence(x, h0, c0, w_ih, w_hh, b_ih, b_hh, spec=spec, reverse=reverse, engine=engine, tile=tile)
     if engine != "auto" and not _on_kernels(x):
         raise ValueError(
@@ -158,7 +158,7 @@ def _aten(
     spec: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
     b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same layer by torch's own operator: devices without the kernels, and inputs with no element."""
+    """The same layer by torch's own operator: on devices without the kernels, and for T = 0 or B = 0."""
     weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
     if reverse:
         x = x.flip(0)
@@ -176,12 +176,14 @@ def _aten(
 
 def _check(
     spec: CellSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Tensor | None, b_hh: Tensor | None, engine: str,
+    b_ih: Tensor | None, b_hh: Tensor | None, engine: str, tile: tuple[int, int] | None,
 ) -> None:  # fmt: skip
     """Every argument against the shapes, dtype and device that x and w_hh imply, before anything runs."""
     if engine not in ("auto", "reference", *ENGINES):
         expected = ", ".join(map(repr, ("auto", *ENGINES, "reference")))
         raise ValueError(f"engine must be one of {expected}, got {engine!r}")
+    if tile is not None:
+        check_tile(tile)
     for name, tensor, dims in (("x", x, 3), ("w_ih", w_ih, 2), ("w_hh", w_hh, 2)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")

@@ -104,7 +104,7 @@ def forward(
     y = gates.new_empty(T, B, plan.H)
     extra = torch.empty_like(y) if training and cell.save_extra else None
     # A copy even where the dtype fits: the kernel updates it.
-    state = (h0 if c0 is None else c0).to(_accumulator(gates.dtype), copy=True)
+    state = (h0 if c0 is None else c0).to(_accumulator(gates.dtype), memory_format=torch.contiguous_format, copy=True)
     constants = _constants(plan, plan.forward, training) | {"REVERSE": reverse}
     with _synchronisation(plan.forward, T, gates) as (counters, error):
         for first, last in _launches(plan.forward, T, reverse):
@@ -216,10 +216,11 @@ def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True) ->
         kernel,
         signature=signature,
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        # The empty ones are what a launch states for its constants: the compilation cache then knows this kernel again.
         attrs={
-            (i,): [["tt.divisibility", 16]]
+            (i,): [["tt.divisibility", 16]] if signature[name].startswith("*") else []
             for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*")
+            if signature[name].startswith("*") or signature[name] == "constexpr"
         },
     )
     target = triton.backends.compiler.GPUTarget("cuda", plan.device.capability, 32)
@@ -240,6 +241,7 @@ def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str
         "N_H": kernel.n_h,
         "BLOCK_K": kernel.block_k,
         "SPLIT_K": kernel.split_k,
+        "AHEAD": kernel.ahead,
         "STAGES": kernel.stages,
         "LOCAL": kernel.engine == "local",
         "SYNC": kernel.synchronised,
@@ -260,7 +262,13 @@ def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str
 
 def _options(kernel: KernelPlan) -> dict[str, Any]:
     # Cooperative: an oversized grid of waiting programs is refused by the driver instead of never ending.
-    return {"num_warps": kernel.num_warps, "enable_fp_fusion": True, "launch_cooperative_grid": kernel.synchronised}
+    # maxnreg: without it the assembler spills a little to fit more programs on an SM than are ever launched.
+    return {
+        "num_warps": kernel.num_warps,
+        "maxnreg": 255,
+        "enable_fp_fusion": True,
+        "launch_cooperative_grid": kernel.synchronised,
+    }
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

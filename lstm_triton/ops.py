@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import launch
 from .planner import LaunchPlan, make_plan
@@ -60,9 +59,9 @@ def _forward(
     x2 = x.reshape(T * B, -1)
     gates = (x2 @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x2, w_ih.t())).view(T, B, -1)
     plan = _plan(spec, gates, w_hh.shape[1], engine, tile)
-    y, state, extra = launch.forward(
-        plan, gates, w_hh.contiguous(), b_hh, h0.contiguous(), c0, reverse=reverse, training=training
-    )
+    w_hh, h0 = w_hh.contiguous(), h0.contiguous()
+    b_hh = None if b_hh is None else b_hh.contiguous()
+    y, state, extra = launch.forward(plan, gates, w_hh, b_hh, h0, c0, reverse=reverse, training=training)
     save_gates, _ = launch.saves(spec)
     return (
         y,
@@ -154,8 +153,10 @@ class _Sequence(torch.autograd.Function):
         return y, h_n, c_n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Without this, the gradients would come back detached, and a penalty on them would count for nothing.
+            raise NotImplementedError("create_graph=True needs engine='reference' in this version of lstm_triton")
         x, h0, c0, w_ih, w_hh, y, gates, extra = ctx.saved_tensors
         spec, reverse = ctx.spec, ctx.reverse
         da, dh0, dc0 = torch.ops.lstm_triton.backward(

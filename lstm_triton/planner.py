@@ -103,7 +103,8 @@ class KernelPlan:
     tiles: int  # tiles a program owns; more than one in local alone
     block_k: int  # K tile of the recurrent product
     split_k: int  # slices of a K tile, one on each warp or pair of warps
-    stages: int  # software pipeline of the K loop, where weights are read at every step
+    ahead: int  # K tiles of h or da loaded ahead of their product, where the weights are resident
+    stages: int  # software pipeline of the K loop, where the weights are read at every step
     num_warps: int
     resident: bool  # W_hh is loaded once
     n_b: int  # groups: ceil(B / block_b)
@@ -188,7 +189,7 @@ def make_plan(
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
     if tile is not None:
-        tile = _checked_tile(tile)
+        check_tile(tile)
     if engine == "auto" and device is INTERPRETER:
         engine = "step"
     precision = precision if dtype == torch.float32 else "ieee"
@@ -197,16 +198,14 @@ def make_plan(
     return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward)
 
 
-def _checked_tile(tile: tuple[int, int]) -> tuple[int, int]:
-    block_b, block_h = tile
-    if not all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in (block_b, block_h)) or not (
-        16 <= block_b <= 128 and 8 <= block_h <= 256
-    ):
+def check_tile(tile: tuple[int, int]) -> None:
+    """ValueError unless `tile` is a pair that the kernels can take."""
+    pair = isinstance(tile, (tuple, list)) and len(tile) == 2 and all(type(n) is int and n > 0 for n in tile)
+    if not pair or not (16 <= tile[0] <= 128 and 8 <= tile[1] <= 256) or any(n & (n - 1) for n in tile):
         raise ValueError(
             "tile must be (block_b, block_h), powers of two with block_b from 16 to 128 and block_h from 8 to 256, "
-            f"got {tile}"
+            f"got {tile!r}"
         )
-    return block_b, block_h
 
 
 @lru_cache(maxsize=4096)
@@ -250,7 +249,7 @@ def _tiles(engine: str, B: int, H: int, tile: tuple[int, int] | None) -> Iterato
         if block_b > 32 and engine in ("local", "resident"):
             continue  # addresses of the operands on chip would fill the registers
         for block_h in (16, 32, 64, 128) if engine == "local" else (8, 16, 32, 64):
-            if block_h < 2 * max(H, 8):
+            if block_h < 2 * max(H, 16 if engine == "local" else 8):
                 yield block_b, block_h
 
 
@@ -278,32 +277,40 @@ def _schedule(
     n_h = 1 if local else _ceil(H, block_h)
     kind = {torch.float64: "fp64", torch.float32: "fp32" if precision == "ieee" else "tf32"}.get(dtype, "half")
     n = block_h * lanes
-    block_k, split_k, stages, num_warps = _product(engine, direction, kind, block_b, block_h, n, k, device)
-    held = 4 if split_k > 1 or kind == "fp64" else 8  # values a thread can hold of each of the cell's tiles
+    block_k, split_k, stages, num_warps = _product(engine, direction, kind, block_b, block_h, tiles, n, k, device)
+    held = (
+        4 if (split_k > 1 and not local) or kind == "fp64" else 8
+    )  # values a thread can hold of each of the cell's tiles
     if block_b * block_h * tiles > num_warps * 32 * held and device is not INTERPRETER:
         return "the tile's states do not fit the registers"
-    if kind == "fp32" and not local and block_b * n > num_warps * 32 * 16 and device is not INTERPRETER:
+    if kind == "fp32" and not local and block_b * n > num_warps * 32 * 4 and device is not INTERPRETER:
         return "the tile's exact fp32 products do not fit the registers"
+    if kind == "fp32" and (engine == "resident" or (local and H > 32)) and device is not INTERPRETER:
+        return (
+            "exact fp32 products are scalar and would not fit the registers unrolled; allow TF32 or stream the weights"
+        )
 
     itemsize = dtype.itemsize
     segment = H if local else k  # a run of K that K tiles do not cross
     slice_bytes = k // segment * _ceil(segment, block_k) * block_k * n * tiles * itemsize
-    scratch = max(block_b * block_k * itemsize, split_k * block_b * n * max(itemsize, 4)) + 1024
+    reduction = split_k * block_b * n * max(itemsize, 4)
+    row_tile = block_b * block_k * itemsize
+    ahead = min(3, _ceil(k, block_k))
+    while ahead > 1 and slice_bytes + (ahead + 1) * row_tile + 1024 > device.shared_per_program:
+        ahead -= 1
+    scratch = max(min(ahead + 1, _ceil(k, block_k)) * row_tile, reduction) + 1024
     if local:
-        scratch = 2 * block_b * n * max(itemsize, 4) + 1024
+        scratch = max(2, split_k) * block_b * n * max(itemsize, 4) + 1024
     resident = engine == "resident" or (local and slice_bytes + scratch <= device.shared_per_program)
     if resident:
         shared = slice_bytes + scratch
     elif local:
         shared = scratch + block_k * n * itemsize * 2
     else:
-        shared = stages * (block_k * n + block_b * block_k) * itemsize + scratch
+        shared = stages * (block_k * n + block_b * block_k) * itemsize + max(row_tile, reduction) + 1024
     if shared > device.shared_per_program:
         what = f"its slice of W_hh, {slice_bytes // 1024} KiB" if resident else "its K tiles"
         return f"with tile {block_b}x{block_h} {what}, does not fit the {device.shared_per_program // 1024} KiB on chip"
-    if resident and kind == "fp32" and k * block_b * n > num_warps * 32 * 2048 and device is not INTERPRETER:
-        return "exact fp32 products from chip would not fit the registers; TF32 or the engine streamed do"
-
     at_once = n_b
     capacity = device.sms * device.occupancy(num_warps, shared) if device is not INTERPRETER else 1 << 30
     if engine in ("resident", "streamed"):
@@ -321,6 +328,7 @@ def _schedule(
         tiles=tiles,
         block_k=block_k,
         split_k=split_k,
+        ahead=ahead,
         stages=stages,
         num_warps=num_warps,
         resident=resident,
@@ -334,7 +342,7 @@ def _schedule(
 
 
 def _product(
-    engine: str, direction: str, kind: str, block_b: int, block_h: int, n: int, k: int, device: Device
+    engine: str, direction: str, kind: str, block_b: int, block_h: int, tiles: int, n: int, k: int, device: Device
 ) -> tuple[int, int, int, int]:
     """K tile, K slices, pipeline stages and warps of the gate product.
 
@@ -343,9 +351,11 @@ def _product(
     redundant work, but from 64 on it needs its operands streamed.
     """
     if engine == "local":
-        return block_h, 1, 1, 8 if block_b * n > 4096 else 4
+        # Forward's product is wide enough for all warps; backward's is deep, so its K is sliced.
+        split_k = 1 if direction == "forward" or kind == "fp32" else max(1, min(4, block_h // 16))
+        return block_h, split_k, 1, 8 if block_b * block_h * tiles > 1024 else 4
     if kind == "fp32":  # no tensor cores: scalar FMA, and a short K tile, since it is unrolled
-        return 32 if k >= 32 else 16, 1, 2, 4
+        return 32 if k >= 32 else 16, 1, 2, 8 if block_b * n > 512 else 4
     itemsize = {"half": 2, "tf32": 4, "fp64": 8}[kind]
     if block_b == 16:
         block_k, split_k, num_warps = 1024 // itemsize, 4, 4
