@@ -1,0 +1,68 @@
+"""The verdict on one cell of the sweep: each provider's numerics, then the time of those that passed, side by side."""
+
+from __future__ import annotations
+
+from .numerics import LayerReference, alive, check_layer
+from .providers import Case, build, inputs, oracle, plan, precision, runner
+from .timing import measure
+
+
+class Judge:
+    """Checks every provider of a case, then times those that passed, side by side."""
+
+    def __init__(self, device: str, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        self.reference = LayerReference()
+
+    def __call__(self, case: Case, providers: list[str]) -> dict[str, dict[str, object]]:
+        with precision(case.dtype):
+            return self._judge(case, providers)
+
+    def _judge(self, case: Case, providers: list[str]) -> dict[str, dict[str, object]]:
+        verdicts: dict[str, dict[str, object]] = {}
+        runs = {}
+        try:
+            exact = oracle(case)
+            weights = exact.state_dict()
+            x, dy = inputs(case, self.device)
+            want = self.reference(case, exact, x, dy)
+        except Exception as error:
+            return {name: self._error(error, "reference: ") for name in providers}
+        for name in providers:
+            try:
+                verdicts[name] = {"plan": self._label(case)} if name == "ours" else {}
+                layer = build(name, case, weights, self.device)
+                check = check_layer(layer, case, x, dy, want)
+                verdicts[name] |= check.columns
+                if check.passed:
+                    runs[name] = runner(layer, case, x, dy)
+            except Exception as error:
+                refused = name == "ours" and case.engine != "auto" and isinstance(error, ValueError)
+                verdicts[name] = {"status": "refused", "detail": _short(error)} if refused else self._error(error)
+        del want
+        try:
+            timings = measure(runs, self.device, self.seconds) if runs else {}
+        except Exception as error:
+            return verdicts | {name: self._error(error, "timing: ") for name in runs}
+        for name, timing in timings.items():
+            verdicts[name] |= {
+                "median_ms": f"{timing.median_ms:.4f}",
+                "p20_ms": f"{timing.p20_ms:.4f}",
+                "p80_ms": f"{timing.p80_ms:.4f}",
+                "rounds": timing.rounds,
+                "us_per_step": f"{timing.median_ms * 1e3 / case.seq / case.layers:.3f}",
+                "ratio": f"{timings['torch'].median_ms / timing.median_ms:.3f}" if "torch" in timings else "",
+            }
+        return verdicts
+
+    def _label(self, case: Case) -> str:
+        found = plan(case, self.device)
+        return "aten" if found is None else found.label
+
+    def _error(self, error: Exception, where: str = "") -> dict[str, object]:
+        lost = {} if alive(self.device) else {"lost": True}
+        return {"status": "error", "detail": where + _short(error), **lost}
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,199 @@
+"""The order of publish and wait in compiled PTX, on every path that control can take.
+
+Programs that wait for one another are correct only if the compiler left this order alone, at every time step:
+
+    publish   last store of the tile -> bar.sync -> release (the release is one thread's, the stores are every warp's)
+    wait      acquire -> bar.sync -> first load of the group's tiles; no such load above the wait
+
+Blocks of PTX lie in any order, so text order proves nothing. Here abstract states (was a store left unordered? how far
+is the wait?) run along the control flow graph until nothing new turns up; each release and load is judged in them all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from .flow import Instruction, loops
+
+_LABEL = re.compile(r"^(\$?[\w$.]+):")
+_STATEMENT = re.compile(r"^(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
+_REGISTER = re.compile(r"%[a-z]+\d+")
+_PARAMETER = re.compile(r"\[\w+_param_(\d+)")
+_POINTER = re.compile(r"\.param \.u64 \.ptr \.global[^,)]* \w+_param_(\d+)")
+
+
+@dataclass
+class Kernel:
+    """The body of one PTX entry: instructions, what may follow each, and which pointers each address may come from."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    successors: list[list[int]] = field(default_factory=list)
+    pointers: list[frozenset[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known at one point of one path."""
+
+    unordered: bool = False  # a published store came, and no barrier since
+    stored: bool = False  # a published store came since the last release
+    wait: str = "done"  # "none" since the last release, "acquired", or "done"; before the first release nothing is owed
+
+
+def ptx_order(ptx: str, published: Collection[int] | None = None) -> list[str]:
+    """Violations of the order above in a kernel whose programs wait for one another; empty if there are none.
+
+    ptx: the text of one kernel.
+    published: indices, among the PTX parameters, of the pointers to what programs publish to one another (h in the
+        forward kernel, gate gradients in the backward). By default those that the kernel both stores to and loads from.
+
+    A kernel where an expected part is missing (no acquire, no release, no load of published data) is a violation too.
+    """
+    kernel = parse(ptx)
+    if published is None:
+        published = _stored_and_loaded(kernel)
+    shared = frozenset(published)
+    roles = [_role(one, pointers & shared) for one, pointers in zip(kernel.instructions, kernel.pointers, strict=True)]
+    missing = [f"no {role} found" for role in ("acquire", "release", "store", "load") if role not in roles]
+    if missing:
+        return missing
+    loop = next((loop for loop in loops(kernel.successors) if {"store", "release"} <= {roles[i] for i in loop}), None)
+    if loop is None:
+        return ["no time loop that stores and releases"]
+
+    problems: set[tuple[int, str]] = set()
+    for i, states in enumerate(_states(kernel, roles)):
+        line = kernel.instructions[i].line
+        for state in states:
+            if roles[i] == "release" and state.unordered:
+                problems.add((line, "release without a barrier after the last store"))
+            if roles[i] == "release" and i in loop and not state.stored:
+                problems.add((line, "release before this step's store"))
+            if roles[i] == "load" and state.wait == "none":
+                problems.add((line, "load of published data above the wait"))
+            if roles[i] == "load" and state.wait == "acquired":
+                problems.add((line, "load of published data without a barrier after the acquire"))
+        if roles[i] == "load" and i not in loop:
+            problems.add((line, "load of published data outside the time loop"))
+    return [f"PTX line {line}: {text}" for line, text in sorted(problems)]
+
+
+def parse(ptx: str) -> Kernel:
+    """Read the entry of a PTX module."""
+    kernel = Kernel()
+    labels: dict[str, int] = {}
+    lines = ptx.splitlines()
+    start = next((i for i, line in enumerate(lines) if ".entry" in line), None)
+    if start is None:
+        raise ValueError("no .entry in the PTX")
+    for number, raw in enumerate(lines[start:], start + 1):
+        if raw.startswith("}"):
+            break
+        text = raw.split("//")[0].strip()
+        if match := _LABEL.match(text):
+            labels[match[1]] = len(kernel.instructions)
+            text = text[match.end() :]
+        for statement in text.split(";"):
+            match = _STATEMENT.match(statement.strip().lstrip("{}").strip())
+            if match:
+                kernel.instructions.append(Instruction(match[2], match[3].strip(), match[1] or "", number))
+    count = len(kernel.instructions)
+    for i, one in enumerate(kernel.instructions):
+        following = [i + 1] if i + 1 < count else []
+        if one.opcode.startswith("bra"):
+            target = labels.get(one.operands.strip())
+            if target is None:
+                raise ValueError(f"PTX line {one.line}: branch to an unknown label {one.operands!r}")
+            following = (following if one.predicate else []) + [target] * (target < count)
+        elif one.opcode in ("ret", "exit", "trap") and not one.predicate:
+            following = []
+        kernel.successors.append(following)
+    kernel.pointers = _addresses(kernel.instructions, {int(number) for number in _POINTER.findall(ptx)})
+    return kernel
+
+
+def _addresses(instructions: list[Instruction], parameters: set[int]) -> list[frozenset[int]]:
+    """For each instruction, the pointer parameters that its address may be computed from (on any path)."""
+    origin: dict[str, set[int]] = {}
+    edges: dict[str, set[str]] = {}
+    for one in instructions:
+        registers = _REGISTER.findall(one.operands)
+        if one.opcode.startswith("ld.param"):
+            for number in _PARAMETER.findall(one.operands):
+                origin.setdefault(registers[0], set()).update({int(number)} & parameters)
+        elif not one.opcode.startswith(("ld", "st", "atom", "red", "cp", "setp", "bra", "mma", "bar")) and registers:
+            edges.setdefault(registers[0], set()).update(registers[1:])
+    changed = True
+    while changed:
+        changed = False
+        for target, sources in edges.items():
+            known = origin.setdefault(target, set())
+            new = set().union(*(origin.get(source, ()) for source in sources)) - known
+            if new:
+                known |= new
+                changed = True
+    found = []
+    for one in instructions:
+        # The last bracket holds the global address: `ld.global {d}, [a]`, `st.global [a], {v}`, `cp.async [s], [a], n`.
+        brackets = re.findall(r"\[([^\]]*)\]", one.operands) if _is_global(one.opcode) else []
+        registers = _REGISTER.findall(brackets[-1]) if brackets else []
+        found.append(frozenset().union(*(origin.get(register, ()) for register in registers)))
+    return found
+
+
+def _is_global(opcode: str) -> bool:
+    return ".global" in opcode and opcode.startswith(("ld", "st", "atom", "red", "cp.async"))
+
+
+def _is_access(opcode: str) -> str:
+    """ "load" or "store" for a plain global access, "" for anything else."""
+    if not _is_global(opcode) or ".acquire" in opcode or ".release" in opcode:
+        return ""
+    return "load" if opcode.startswith(("ld", "cp.async")) else "store" if opcode.startswith("st") else ""
+
+
+def _role(instruction: Instruction, published: frozenset[int]) -> str:
+    opcode = instruction.opcode
+    if _is_global(opcode) and (".release" in opcode or ".acq_rel" in opcode):
+        return "release"
+    if _is_global(opcode) and ".acquire" in opcode:
+        return "acquire"
+    if opcode.startswith(("bar.sync", "barrier.sync")):
+        return "barrier"
+    return _is_access(opcode) if published else ""
+
+
+def _stored_and_loaded(kernel: Kernel) -> frozenset[int]:
+    by_kind: dict[str, set[int]] = {"load": set(), "store": set()}
+    for one, pointers in zip(kernel.instructions, kernel.pointers, strict=True):
+        if kind := _is_access(one.opcode):
+            by_kind[kind] |= pointers
+    return frozenset(by_kind["load"] & by_kind["store"])
+
+
+def _states(kernel: Kernel, roles: list[str]) -> list[set[State]]:
+    """The states in which each instruction may be met."""
+    met: list[set[State]] = [set() for _ in kernel.instructions]
+    todo = [(0, State())]
+    while todo:
+        i, state = todo.pop()
+        if state in met[i]:
+            continue
+        met[i].add(state)
+        after = _step(state, roles[i])
+        todo.extend((following, after) for following in kernel.successors[i])
+    return met
+
+
+def _step(state: State, role: str) -> State:
+    if role == "store":
+        return State(True, True, state.wait)
+    if role == "barrier":
+        return State(False, state.stored, "done" if state.wait == "acquired" else state.wait)
+    if role == "acquire":
+        return State(state.unordered, state.stored, "acquired")
+    if role == "release":
+        return State(False, False, "none")
+    return state

@@ -1,0 +1,155 @@
+"""Reading what the compiler made: loops and instruction mix in SASS, the order of publish and wait in PTX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lstm_triton.perf import flow, ptx, sass
+
+pytestmark = pytest.mark.both
+
+# Recorded from a persistent kernel of three lines (wait, tile product, publish), sm_80, encodings dropped.
+LISTING = (Path(__file__).parent / "data" / "waiting_kernel_sm80.sass").read_text()
+LOOP = 0x460 // 16, 0xBC0 // 16  # its time loop: what the last backward branch jumps to, and that branch
+USAGE = " Function toy:\n  REG:54 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:408 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+
+
+def test_loops_nest_and_come_largest_first() -> None:
+    # 0 -> 1 -> 2 -> 3 -> 1, with 2 <-> 4 inside it; 5 <-> 6 apart; 7 jumps to itself as the trap after a kernel does
+    successors = [[1], [2], [3, 4], [1, 5], [2], [6], [5, 7], [7]]
+    assert flow.loops(successors) == [{1, 2, 3, 4}, {5, 6}]
+    assert flow.reachable(successors, [5]) == {5, 6, 7}
+
+
+def test_recorded_listing() -> None:
+    code = sass.read_listing(USAGE, LISTING)
+    assert (code.registers, code.stack_bytes, code.in_time_loop) == (54, 16, True)
+    # counted by hand, between the loop's head and its backward branch
+    lines = LISTING.splitlines()
+    first, last = LOOP
+    inside = [line.split("*/")[1].split() for line in lines if line.lstrip().startswith("/*")][first : last + 1]
+    opcodes = [words[1] if words[0].startswith("@") else words[0] for words in inside]
+    assert code.counts["all"] == len([name for name in opcodes if name != "NOP"])
+    for column, start in {"BAR": "BAR.", "MMA": "HMMA.", "LDSM": "LDSM.", "STG": "STG.", "MUFU": "MUFU."}.items():
+        assert code.counts[column] == sum(name.startswith(start) for name in opcodes) > 0, column
+    assert code.counts["ATOM"] == 1 and code.counts["SHFL"] == 0
+
+
+def test_whole_kernel_is_counted_where_no_loop_is_left() -> None:
+    straight = "\n".join(
+        f"        /*{16 * i:04x}*/                   {text} ;"
+        for i, text in enumerate(["MOV R1, c[0x0][0x28]", "LDG.E R2, [R4.64]", "MUFU.EX2 R2, R2", "EXIT", "BRA 0x40"])
+    )
+    code = sass.read_listing(USAGE, straight)
+    assert not code.in_time_loop
+    assert code.counts["all"] == 5 and code.counts["LDG"] == 1 and code.counts["MUFU"] == 1
+
+
+def test_subroutine_called_from_the_loop_belongs_to_it() -> None:
+    texts = ["MOV R1, RZ", "CALL.REL.NOINC 0x50", "MUFU.EX2 R2, R2", "@P0 BRA 0x10", "EXIT", "DFMA R2, R2, R2, R2"]
+    texts += ["DADD R2, R2, R2", "RET.REL.NODEC R2 0x0", "BRA 0x80"]
+    listing = "\n".join(f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(texts))
+    assert sass.read_listing(USAGE, listing).counts["all"] == 6
+
+
+def test_jump_out_of_the_loop_written_as_a_call_does_not() -> None:
+    texts = ["MOV R1, RZ", "MUFU.EX2 R2, R2", "@!P2 CALL.REL.NOINC 0x40", "BRA 0x10", "STG.E [R2.64], R2", "EXIT"]
+    listing = "\n".join(f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(texts))
+    counts = sass.read_listing(USAGE, listing).counts
+    assert counts["all"] == 3 and counts["STG"] == 0
+
+
+def test_empty_listing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no SASS instruction"):
+        sass.read_listing(USAGE, "no code here")
+    with pytest.raises(ValueError, match="no register count"):
+        sass.read_listing("", LISTING)
+
+
+BARRIER = "bar.sync 	0;"
+STORE = "st.global.b32 [ %rd1 + 0 ], { %r5 };"
+RELEASE = "@%p1 atom.global.gpu.release.add.u32 %r6, [ %rd3 + 0 ], %r7;"
+ACQUIRE = "@%p1 ld.global.gpu.acquire.b32 %r1, [ %rd3 + 0 ];"
+LOAD = "cp.async.cg.shared.global [ %r2 + 0 ], [ %rd5 + 0 ], 0x10, %r4;"
+LOAD_X = "ld.global.b32 { %r8 }, [ %rd2 + 0 ];"
+
+HEAD = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0,
+	.param .u64 .ptr .global .align 1 kernel_param_1,
+	.param .u64 .ptr .global .align 1 kernel_param_2,
+	.param .u32 kernel_param_3
+)
+{
+	.reg .b32 	%r<9>;
+	ld.param.b64 	%rd1, [kernel_param_0];
+	ld.param.b64 	%rd2, [kernel_param_1];
+	ld.param.b64 	%rd3, [kernel_param_2];
+	ld.param.b32 	%r3, [kernel_param_3];
+	mul.wide.s32 	%rd4, %r3, 2;
+	sub.s64 	%rd5, %rd1, %rd4;
+"""
+
+
+def kernel(step: list[str], before: list[str] | None = None, after: list[str] | None = None) -> str:
+    """A time loop around `step`, its second half laid out before its first as the compiler does."""
+    half = step.index(SPIN_END)
+    blocks = {
+        "entry": [*(before or []), "bra.uni $L__BB0_2;"],
+        "$L__BB0_3": [*step[half + 1 :], "setp.ne.b32 %p3, %r1, %r3;", "@%p3 bra $L__BB0_2;", "bra.uni $L__BB0_5;"],
+        "$L__BB0_2": [*step[:half], "@%p2 bra $L__BB0_4;", "bra.uni $L__BB0_3;"],
+        "$L__BB0_4": [ACQUIRE, "@%p2 bra $L__BB0_4;", "bra.uni $L__BB0_3;"],
+        "$L__BB0_5": [*(after or []), "ret;"],
+    }
+    return "\n".join([HEAD, *(line for label, lines in blocks.items() for line in (f"{label}:", *lines)), "}"])
+
+
+SPIN_END = "-"
+STEP = [LOAD_X, ACQUIRE, SPIN_END, BARRIER, LOAD, BARRIER, "mma.sync %r5, %r8, %r2;", STORE, BARRIER, RELEASE]
+
+
+def changed(*edits: tuple[int, list[str]]) -> list[str]:
+    step: list[list[str]] = [[text] for text in STEP]
+    for index, texts in edits:
+        step[index] = texts
+    return [text for texts in step for text in texts]
+
+
+def test_right_order_passes() -> None:
+    assert ptx.ptx_order(kernel(STEP)) == []
+    assert ptx.ptx_order(kernel(STEP), published={0}) == []
+    # closing stores and the release of a group that gave up come after the loop
+    assert ptx.ptx_order(kernel(STEP, after=[STORE.replace("%rd1", "%rd2"), RELEASE]), published={0}) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        (changed((8, [])), "release without a barrier after the last store"),
+        (changed((7, []), (8, [BARRIER, STORE])), "release without a barrier after the last store"),
+        (changed((7, []), (9, [RELEASE, STORE])), "release before this step's store"),
+        (changed((3, [])), "without a barrier after the acquire"),
+        (changed((0, [LOAD, LOAD_X])), "load of published data above the wait"),
+        (changed((9, [RELEASE, LOAD])), "load of published data above the wait"),
+        (changed((9, [RELEASE.replace(".release", ".relaxed")])), "no release found"),
+        (changed((7, [STORE.replace("%rd1", "%rd2")])), "no store found"),
+        (changed((4, [LOAD.replace("%rd5", "%rd2")])), "no load found"),
+    ],
+)
+def test_planted_faults_are_found(step: list[str], problem: str) -> None:
+    assert any(problem in found for found in ptx.ptx_order(kernel(step), published={0}))
+
+
+def test_prefetch_before_the_loop_is_found() -> None:
+    found = ptx.ptx_order(kernel(STEP, before=[LOAD]), published={0})
+    assert any("outside the time loop" in problem for problem in found)
+
+
+def test_wait_without_acquire_is_found() -> None:
+    assert ptx.ptx_order(kernel(STEP).replace(".acquire", ".relaxed"), published={0}) == ["no acquire found"]
+
+
+def test_unknown_label_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown label"):
+        ptx.ptx_order(kernel(STEP).replace("$L__BB0_5:", "$L__BB0_6:"))

@@ -1,0 +1,154 @@
+"""Real kernels, compiled ahead of time and read: the table's rows, and that a broken order does not pass."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lstm_triton.perf import precompile, resources, table
+from lstm_triton.perf.ptx import ptx_order
+
+from lstm_triton.planner import LaunchPlan, device_named, make_plan
+from lstm_triton.spec import CellSpec
+
+
+def plan(cell: str = "rnn", engine: str = "resident", B: int = 16, H: int = 64, target: str = "sm_80") -> LaunchPlan:
+    return make_plan(CellSpec(cell), 32, B, H, torch.bfloat16, device_named(target), engine=engine)
+
+
+def options(**changes: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    resources.add_arguments(parser)
+    return argparse.Namespace(**(vars(parser.parse_args([])) | changes))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_inspect_reads_a_compiled_kernel(direction: str) -> None:
+    from lstm_triton.launch import compile_ahead
+
+    chosen = plan()
+    compiled = compile_ahead(chosen, direction)
+    row = resources.inspect(compiled, chosen, direction)
+    assert row.problems == ""
+    assert (row.target, row.cell, row.direction, row.dtype, row.hidden, row.batch) == (
+        "A100", "rnn", direction, "bf16", 64, 16,
+    )  # fmt: skip
+    assert row.counted == "time loop" and row.grid > 1 and row.ATOM == 1
+    assert row.MMA > 0 and row.LDSM > 0 and row.BAR > 2 and row.LDG > 0 and row.STG > 0
+    assert 0 < row.registers <= 255 and 0 < row.shared_bytes <= row.shared_plan
+    kernel = getattr(chosen, direction)
+    small = replace(chosen, device=replace(chosen.device, shared_per_program=row.shared_bytes - 1))
+    assert "shared memory" in resources.inspect(compiled, small, direction).problems
+    assert (row.block_b, row.block_h, row.warps) == (kernel.block_b, kernel.block_h, kernel.num_warps)
+
+
+@pytest.mark.native
+def test_local_kernel_waits_for_nobody() -> None:
+    from lstm_triton.launch import compile_ahead
+
+    chosen = plan(engine="local")
+    row = resources.inspect(compile_ahead(chosen, "forward"), chosen, "forward")
+    assert (row.ATOM, row.problems, row.counted) == (0, "", "time loop")
+
+
+@pytest.mark.native
+def test_inference_stores_less_than_training() -> None:
+    rows = {}
+    for direction in ("forward", "inference"):
+        (groups,) = resources.deduplicate([(plan("lstm"), direction)]).values()
+        (rows[direction],) = resources.compile_group(groups)
+    assert 0 < rows["inference"].STG < rows["forward"].STG
+    assert rows["inference"].problems == "" and rows["inference"].direction == "inference"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("direction", "name"), [("forward", "y_ptr"), ("backward", "slots_ptr")])
+def test_faults_planted_in_the_compiled_kernel_are_found(direction: str, name: str) -> None:
+    from lstm_triton.launch import compile_ahead
+
+    compiled = compile_ahead(plan("lstm", "streamed"), direction)
+    ptx = compiled.asm["ptx"]
+    published = {resources.parameter_index(compiled, name)}
+    assert ptx_order(ptx, published) == []
+
+    lines = ptx.splitlines()
+    release = next(i for i, line in enumerate(lines) if ".release.add" in line)
+    barrier = next(i for i in range(release, 0, -1) if "bar.sync" in lines[i])
+    found = ptx_order("\n".join(lines[:barrier] + lines[barrier + 1 :]), published)
+    assert any("barrier after the last store" in problem for problem in found)
+
+    # what stands between the wait and the loads, all of it
+    weak = "\n".join(line for i, line in enumerate(lines) if "bar.sync" not in line or i == barrier)
+    assert any("barrier after the acquire" in problem for problem in ptx_order(weak, published))
+
+    if direction == "forward":
+        # the gates are read before the wait and written after it: right for a program's own, wrong for others' data
+        own = {resources.parameter_index(compiled, "gates_ptr")}
+        assert any("above the wait" in problem for problem in ptx_order(ptx, own))
+
+    # the counter read without acquire is no wait at all
+    assert ptx_order(ptx.replace(".acquire", ".relaxed"), published) == ["no acquire found"]
+
+
+def test_kernels_that_differ_in_nothing_compiled_are_compiled_once() -> None:
+    wanted = [(plan(B=batch), direction) for batch in (1, 4, 16) for direction in ("forward", "backward")]
+    groups = resources.deduplicate(wanted)
+    assert sorted(len(group) for group in groups.values()) == [3, 3]
+    assert len(resources.deduplicate([*wanted, (plan(H=128), "forward")])) == 3
+    assert len(resources.deduplicate([*wanted, (plan(target="sm_90"), "forward")])) == 3
+
+
+def test_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="target must be one of"):
+        resources.plans(options(target="sm_12"))
+
+
+def test_impossible_plan_is_named_and_the_rest_goes_on() -> None:
+    wanted, refused = resources.plans(
+        options(target="A100", cells="lstm", dtype="bf16", hidden="64,4096", batch="16", engine="local")
+    )
+    assert {chosen.H for chosen, _ in wanted} == {64}
+    assert len(refused) == 1 and "A100 lstm bf16 H=4096" in refused[0]
+
+
+def test_command(tmp_path: Path) -> None:
+    """From a process that interprets, too: the compiler runs in others."""
+    command = [sys.executable, "-m", "lstm_triton.perf", "resources", "--target", "sm_90", "--cells", "gru"]
+    command += ["--dtype", "fp16", "--hidden", "32", "--batch", "1,2", "--jobs", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 kernels in the grid, 2 different ones" in done.stdout
+    assert "4 kernels: 0 with problems, 0 not compiled" in done.stdout
+    rows = table.read(tmp_path / "resources.csv", resources.COLUMNS)
+    assert {(row["direction"], row["batch"]) for row in rows} == {(d, b) for d in ("forward", "backward") for b in "12"}
+    assert (tmp_path / "resources.md").read_text().startswith("| target")
+
+
+def test_ahead_yields_everything_in_order_whatever_cannot_be_planned() -> None:
+    asked = []
+
+    def kernels(item: int) -> list[precompile.Kernel]:
+        asked.append(item)
+        if item == 1:
+            raise ValueError("no plan")
+        return []
+
+    yielded = precompile.ahead([0, 1, 2], kernels, batch=2)
+    assert next(yielded) == 0 and asked == [0, 1]
+    assert [*yielded] == [1, 2] and asked == [0, 1, 2]
+
+
+@pytest.mark.native
+def test_ahead_compiles_into_triton_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    chosen = plan(engine="local")
+    assert list(precompile.ahead([chosen], lambda item: [(item, "forward", False)], batch=1)) == [chosen]
+    assert len(list(tmp_path.rglob("sequence_forward.cubin"))) == 1
