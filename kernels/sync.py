@@ -35,4 +35,5 @@ def wait(counter_ptr, target, polls):
 def give_up(counter_ptr, error_ptr, ok):
     """After a wait that ran out: tell the host, and let the rest of the group through, to give up as well."""
     tl.atomic_max(counter_ptr, RELEASED, mask=ok == 0, sem="release", scope="gpu")
-    tl.atomic_max(error_ptr, 1, mask=ok == 0, sem="relaxed", scope="sys")
+    # The word is in host memory, where an exchange is an atomic that the bus knows.
+    tl.atomic_xchg(error_ptr, 1, mask=ok == 0, sem="relaxed", scope="sys")

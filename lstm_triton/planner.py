@@ -38,6 +38,7 @@ class Device:
     l2_round_trip_us: float
     l2_bytes_per_clock: float
     launch_us: float
+    fp64_matrix_products: bool  # Triton has them for compute capability 8.0 and 9.0 alone
     flops_half: float
     flops_tf32: float
     flops_fp32: float
@@ -248,7 +249,7 @@ def _tiles(engine: str, B: int, H: int, tile: tuple[int, int] | None) -> Iterato
             continue  # half of the rows or more would be empty
         if block_b > 32 and engine in ("local", "resident"):
             continue  # addresses of the operands on chip would fill the registers
-        for block_h in (16, 32, 64, 128) if engine == "local" else (8, 16, 32, 64):
+        for block_h in (16, 32, 64) if engine == "local" else (8, 16, 32, 64):
             if block_h < 2 * max(H, 16 if engine == "local" else 8):
                 yield block_b, block_h
 
@@ -266,53 +267,45 @@ def _schedule(
     precision: str,
 ) -> KernelPlan | str:
     """One candidate with its cost, or in words why it cannot run."""
-    forward = direction == "forward"
-    lanes = _pow2(spec.gates) if forward else 1
+    forward, local = direction == "forward", engine == "local"
     k = H if forward else spec.gates * H
+    n = block_h * (_pow2(spec.gates) if forward else 1)  # columns of the product for a tile of units
     n_b = _ceil(B, block_b)
-    local = engine == "local"
+    n_h = 1 if local else _ceil(H, block_h)
     tiles = _ceil(H, block_h) if local else 1
     if tiles > MAX_LOCAL_TILES:
         return f"H={H} in tiles of {block_h} is {tiles} tiles a program, more than {MAX_LOCAL_TILES}: raise block_h"
-    n_h = 1 if local else _ceil(H, block_h)
     kind = {torch.float64: "fp64", torch.float32: "fp32" if precision == "ieee" else "tf32"}.get(dtype, "half")
-    n = block_h * lanes
-    block_k, split_k, stages, num_warps = _product(engine, direction, kind, block_b, block_h, tiles, n, k, device)
-    held = (
-        4 if (split_k > 1 and not local) or kind == "fp64" else 8
-    )  # values a thread can hold of each of the cell's tiles
-    if block_b * block_h * tiles > num_warps * 32 * held and device is not INTERPRETER:
-        return "the tile's states do not fit the registers"
-    if kind == "fp32" and not local and block_b * n > num_warps * 32 * 4 and device is not INTERPRETER:
-        return "the tile's exact fp32 products do not fit the registers"
-    if kind == "fp32" and (engine == "resident" or (local and H > 32)) and device is not INTERPRETER:
-        return (
-            "exact fp32 products are scalar and would not fit the registers unrolled; allow TF32 or stream the weights"
-        )
-
     itemsize = dtype.itemsize
+    scalar = kind == "fp32" or (kind == "fp64" and not device.fp64_matrix_products)
+    block_k, split_k, stages, num_warps = _product(
+        engine, forward, scalar, itemsize, block_b, block_h, tiles, n, k, device.shared_per_program
+    )
+    if device is not INTERPRETER:
+        too_large = _registers(engine, kind, scalar, block_b, block_h, tiles, n, H, split_k, num_warps * 32)
+        if too_large:
+            return f"with tile {block_b}x{block_h} {too_large}"
+
+    # Shared memory: the weights, the K tiles of the rows on their way, and what the sum over the K slices takes.
     segment = H if local else k  # a run of K that K tiles do not cross
     slice_bytes = k // segment * _ceil(segment, block_k) * block_k * n * tiles * itemsize
-    reduction = split_k * block_b * n * max(itemsize, 4)
     row_tile = block_b * block_k * itemsize
+    reduction = max(2 if local else 1, split_k) * block_b * n * max(itemsize, 4)
     ahead = min(3, _ceil(k, block_k))
     while ahead > 1 and slice_bytes + (ahead + 1) * row_tile + 1024 > device.shared_per_program:
         ahead -= 1
-    scratch = max(min(ahead + 1, _ceil(k, block_k)) * row_tile, reduction) + 1024
-    if local:
-        scratch = max(2, split_k) * block_b * n * max(itemsize, 4) + 1024
-    resident = engine == "resident" or (local and slice_bytes + scratch <= device.shared_per_program)
-    if resident:
-        shared = slice_bytes + scratch
-    elif local:
-        shared = scratch + block_k * n * itemsize * 2
-    else:
-        shared = stages * (block_k * n + block_b * block_k) * itemsize + max(row_tile, reduction) + 1024
+    staged = 0 if local else min(ahead + 1, _ceil(k, block_k)) * row_tile
+    shared = slice_bytes + max(staged, reduction) + 1024
+    resident = engine == "resident" or (local and shared <= device.shared_per_program)
+    if not resident:
+        staged = 0 if local else row_tile
+        shared = (2 if local else stages) * (block_k * n * itemsize + staged) + max(staged, reduction) + 1024
     if shared > device.shared_per_program:
-        what = f"its slice of W_hh, {slice_bytes // 1024} KiB" if resident else "its K tiles"
-        return f"with tile {block_b}x{block_h} {what}, does not fit the {device.shared_per_program // 1024} KiB on chip"
+        what = f"the slice of W_hh, {slice_bytes // 1024} KiB," if resident else "the K tiles"
+        return f"with tile {block_b}x{block_h} {what} would not fit the {device.shared_per_program // 1024} KiB on chip"
+
     at_once = n_b
-    capacity = device.sms * device.occupancy(num_warps, shared) if device is not INTERPRETER else 1 << 30
+    capacity = 1 << 30 if device is INTERPRETER else device.sms * device.occupancy(num_warps, shared)
     if engine in ("resident", "streamed"):
         if n_h > capacity:
             return f"with tile {block_b}x{block_h} a group is {n_h} programs, and only {capacity} surely run at once"
@@ -342,7 +335,16 @@ def _schedule(
 
 
 def _product(
-    engine: str, direction: str, kind: str, block_b: int, block_h: int, tiles: int, n: int, k: int, device: Device
+    engine: str,
+    forward: bool,
+    scalar: bool,
+    itemsize: int,
+    block_b: int,
+    block_h: int,
+    tiles: int,
+    n: int,
+    k: int,
+    shared: int,
 ) -> tuple[int, int, int, int]:
     """K tile, K slices, pipeline stages and warps of the gate product.
 
@@ -352,11 +354,10 @@ def _product(
     """
     if engine == "local":
         # Forward's product is wide enough for all warps; backward's is deep, so its K is sliced.
-        split_k = 1 if direction == "forward" or kind == "fp32" else max(1, min(4, block_h // 16))
+        split_k = 1 if forward or scalar else max(1, min(4, block_h // 16))
         return block_h, split_k, 1, 8 if block_b * block_h * tiles > 1024 else 4
-    if kind == "fp32":  # no tensor cores: scalar FMA, and a short K tile, since it is unrolled
-        return 32 if k >= 32 else 16, 1, 2, 8 if block_b * n > 512 else 4
-    itemsize = {"half": 2, "tf32": 4, "fp64": 8}[kind]
+    if scalar:  # FMA on operands in registers, and a short K tile, since it is unrolled
+        return 32 if k >= 32 else 16, 1, 2, 8 if block_b * n * itemsize > 2048 else 4
     if block_b == 16:
         block_k, split_k, num_warps = 1024 // itemsize, 4, 4
     elif block_b == 32 and n < 32:
@@ -364,11 +365,39 @@ def _product(
     else:
         block_k, split_k, num_warps = 128 // itemsize if block_b > 32 else 256 // itemsize, 1, 8
     block_k = min(block_k, max(16, _pow2(k)))
-    stages = 3 if device.shared_per_program > 128 << 10 else 2
+    stages = 3 if shared > 128 << 10 else 2
     if engine != "resident":
-        while stages * block_k * (n + block_b) * itemsize > device.shared_per_program // 2 and block_k > 64:
+        while stages * block_k * (n + block_b) * itemsize > shared // 2 and block_k > 64:
             block_k //= 2
     return block_k, min(split_k, max(1, block_k // 16)), stages, num_warps
+
+
+def _registers(
+    engine: str,
+    kind: str,
+    scalar: bool,
+    block_b: int,
+    block_h: int,
+    tiles: int,
+    n: int,
+    H: int,
+    split_k: int,
+    threads: int,
+) -> str:
+    """What would not fit the registers, by the same reading; empty where all does."""
+    if engine == "local":
+        held = 8 if kind == "half" else 4
+    else:
+        held = 4 if split_k > 1 or kind == "fp64" else 8
+    if block_b * block_h * tiles > threads * held:
+        return "the cell's tiles would not fit the registers"
+    if scalar and (engine == "resident" or (engine == "local" and H > 32)):
+        return (
+            f"{kind} products are scalar, and unrolled would not fit the registers: allow TF32, or stream the weights"
+        )
+    if scalar and block_b * n > threads * (2 if kind == "fp64" else 4):
+        return f"the scalar {kind} products would not fit the registers"
+    return ""
 
 
 def _step_parts(

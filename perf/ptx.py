@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from .flow import Instruction, loops
 
 _LABEL = re.compile(r"^(\$?[\w$.]+):")
-_STATEMENT = re.compile(r"^(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
+_STATEMENT = re.compile(r"^(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _REGISTER = re.compile(r"%[a-z]+\d+")
 _PARAMETER = re.compile(r"\[\w+_param_(\d+)")
 _POINTER = re.compile(r"\.param \.u64 \.ptr \.global[^,)]* \w+_param_(\d+)")
@@ -83,27 +83,35 @@ def ptx_order(ptx: str, published: Collection[int] | None = None) -> list[str]:
 def parse(ptx: str) -> Kernel:
     """Read the entry of a PTX module."""
     kernel = Kernel()
-    labels: dict[str, int] = {}
+    labels: dict[tuple[int, str], int] = {}  # by the line that opens the block: inline assembly has labels of its own
+    blocks: list[int] = []
+    within: list[list[int]] = []  # the blocks around each instruction
     lines = ptx.splitlines()
     start = next((i for i, line in enumerate(lines) if ".entry" in line), None)
     if start is None:
         raise ValueError("no .entry in the PTX")
     for number, raw in enumerate(lines[start:], start + 1):
-        if raw.startswith("}"):
-            break
         text = raw.split("//")[0].strip()
+        if text == "{":
+            blocks.append(number)
+        elif text == "}":
+            blocks.pop()
+            if not blocks:
+                break
         if match := _LABEL.match(text):
-            labels[match[1]] = len(kernel.instructions)
+            labels[blocks[-1], match[1]] = len(kernel.instructions)
             text = text[match.end() :]
         for statement in text.split(";"):
             match = _STATEMENT.match(statement.strip().lstrip("{}").strip())
             if match:
                 kernel.instructions.append(Instruction(match[2], match[3].strip(), match[1] or "", number))
+                within.append(list(blocks))
     count = len(kernel.instructions)
     for i, one in enumerate(kernel.instructions):
         following = [i + 1] if i + 1 < count else []
         if one.opcode.startswith("bra"):
-            target = labels.get(one.operands.strip())
+            name = one.operands.strip()
+            target = next((labels[block, name] for block in reversed(within[i]) if (block, name) in labels), None)
             if target is None:
                 raise ValueError(f"PTX line {one.line}: branch to an unknown label {one.operands!r}")
             following = (following if one.predicate else []) + [target] * (target < count)

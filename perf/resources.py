@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", default="sm_80,sm_90,sm_100", help=f"{lists}: sm_80, sm_90, sm_100, A100, H200, ..."
     )
     parser.add_argument("--cells", default="lstm,gru,rnn", help=f"{lists}: lstm, gru, rnn")
-    parser.add_argument("--dtype", default="bf16,fp16,tf32", help=f"{lists}: fp16, bf16, tf32, fp32, fp64")
+    parser.add_argument("--dtype", default="bf16,fp16,tf32,fp32", help=f"{lists}: fp16, bf16, tf32, fp32, fp64")
     parser.add_argument("--hidden", default="64,128,256,512,768,1024,1536,2048", help=f"{lists} hidden sizes")
     parser.add_argument("--batch", default="1,16,64,256", help=f"{lists} batch sizes")
     parser.add_argument("--engine", default="auto", help=f"{lists}: auto, {', '.join(ENGINES)}; default auto")

@@ -1,0 +1,113 @@
+"""Shipped plans compiled ahead of time: no spill, within the target's memory, published and awaited in the right order.
+
+A subset that meets every engine, cell, dtype, direction and target; `make resources` compiles them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from lstm_triton.perf import resources
+
+from lstm_triton.planner import ENGINES, LaunchPlan, devices, make_plan
+from lstm_triton.spec import CellSpec
+
+pytestmark = pytest.mark.native
+
+TARGETS = ("A100", "H200", "B200")
+CELLS = ("lstm", "gru", "rnn")
+DTYPES = {
+    "bf16": (torch.bfloat16, "tf32"),
+    "fp16": (torch.float16, "tf32"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+    "fp64": (torch.float64, "ieee"),
+}
+#: Where each engine is at home, with a size that is no power of two among them.
+SIZES = {
+    "local": ((64, 16), (24, 3)),
+    "resident": ((512, 16), (768, 64)),
+    "streamed": ((1536, 64),),
+    "step": ((200, 5),),
+}
+
+
+def engine_plans() -> list[LaunchPlan]:
+    """Each engine, cell and target, the dtypes in turn."""
+    plans = []
+    dtypes = itertools.cycle(DTYPES)
+    for engine in ENGINES:
+        for cell, target, (H, B) in itertools.product(CELLS, TARGETS, SIZES[engine]):
+            while True:
+                dtype, precision = DTYPES[next(dtypes)]
+                try:
+                    plans.append(
+                        make_plan(
+                            CellSpec(cell), 64, B, H, dtype, devices()[target], engine=engine, precision=precision
+                        )
+                    )
+                    break
+                except ValueError:  # scalar products from chip alone have no plan: exact fp32, and fp64 on a B200
+                    assert engine in ("local", "resident"), (engine, cell, target, H, dtype)
+    return plans
+
+
+def size_plans() -> list[LaunchPlan]:
+    """The planner's own choice over the hidden and batch sizes of the sweep."""
+    cell = itertools.cycle(CELLS)
+    return [
+        make_plan(CellSpec(next(cell)), 64, B, H, torch.bfloat16, devices()["H200"])
+        for H, B in itertools.product((128, 256, 512, 1024, 2048), (16, 64, 256))
+    ]
+
+
+PLANS = engine_plans() + size_plans()
+KERNELS = {
+    (direction, resources.identity(plan, getattr(plan, direction))): (plan, direction)
+    for plan, direction in itertools.product(PLANS, ("forward", "backward"))
+}
+
+
+@pytest.mark.parametrize(
+    ("plan", "direction"),
+    KERNELS.values(),
+    ids=lambda v: v if isinstance(v, str) else f"{v.device.name}-{v.spec.cell}-{v.dtype}-H{v.H}-B{v.B}-{v.label}",
+)
+def test_resources_and_order(plan: LaunchPlan, direction: str) -> None:
+    (row,) = resources.compile_group([(plan, direction)])
+    assert row.problems == ""
+    assert row.spill_bytes == 0
+    assert row.shared_bytes <= row.shared_plan <= plan.device.shared_per_program
+    if row.engine in ("resident", "streamed"):
+        assert row.ATOM >= 1 and row.BAR >= 2
+    if row.dtype != "fp32" and (row.dtype, row.target) != ("fp64", "B200"):
+        assert row.MMA > 0
+
+
+def test_the_subset_covers_everything() -> None:
+    assert len(KERNELS) <= 150
+    for direction in ("forward", "backward"):
+        met = {
+            (getattr(plan, direction).engine, plan.spec.cell, plan.device.name)
+            for plan, d in KERNELS.values()
+            if d == direction
+        }
+        assert met >= set(itertools.product(ENGINES, CELLS, TARGETS))
+        dtypes = {(plan.dtype, plan.precision) for plan, d in KERNELS.values() if d == direction}
+        assert len(dtypes) == len(DTYPES)
+
+
+def test_lengths_and_batches_never_recompile() -> None:
+    """T, B and what is derived from them are plain run-time numbers, and plans do not depend on T."""
+    from lstm_triton.kernels import sequence
+
+    for kernel in (sequence.sequence_forward, sequence.sequence_backward):
+        runtime = {p.name for p in kernel.params if p.do_not_specialize}
+        assert runtime >= {"T", "B", "first_group"}
+        assert not {p.name for p in kernel.params if p.is_constexpr} & {"T", "B", "chained", "first_group"}
+    one, other = (make_plan(CellSpec("lstm"), T, 16, 512, torch.bfloat16, devices()["H200"]) for T in (1, 5000))
+    assert (one.forward, one.backward) == (other.forward, other.backward)
+    small, large = (make_plan(CellSpec("lstm"), 9, B, 512, torch.bfloat16, devices()["H200"]) for B in (3, 14))
+    assert resources.identity(small, small.forward) == resources.identity(large, large.forward)
