@@ -117,7 +117,7 @@ def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> Lau
     if target is None:
         if engine == "reference" or not _on_kernels(x):
             raise ValueError(f"no kernel runs with engine={engine!r} and x on {x.device}: name a target to plan for")
-        return ops.plan_for(spec, T, B, w_hh.shape[1], x, engine, tile)
+        return ops.plan_for(spec, x, w_hh.shape[1], engine, tile)
     return make_plan(
         spec, T, B, w_hh.shape[1], x.dtype, device_named(target),
         engine=engine, tile=tile, precision=ops.fp32_precision(),

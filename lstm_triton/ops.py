@@ -6,6 +6,7 @@ time steps (dx, the weight gradients) stays outside, in torch.matmul, where the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,22 +28,15 @@ _library.define(
 )
 
 
-def _plan(spec: CellSpec, like: Tensor, H: int, engine: str, tile: list[int]) -> LaunchPlan:
-    T, B, _ = like.shape
-    return plan_for(spec, T, B, H, like, engine, tuple(tile) if tile else None)
-
-
-def plan_for(
-    spec: CellSpec, T: int, B: int, H: int, like: Tensor, engine: str, tile: tuple[int, int] | None
-) -> LaunchPlan:
-    """The plan for tensors that live where `like` does. fp32 products follow torch's switch for cuDNN's RNNs."""
-    return make_plan(
-        spec, T, B, H, like.dtype, launch.device_of(like), engine=engine, tile=tile, precision=fp32_precision()
-    )
+def plan_for(spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None) -> LaunchPlan:
+    """The plan for x [T, B, any] where it lives. fp32 products follow torch's switch for cuDNN's RNNs."""
+    T, B, _ = x.shape
+    device, precision = launch.device_of(x), fp32_precision()
+    return make_plan(spec, T, B, H, x.dtype, device, engine=engine, tile=tuple(tile or ()) or None, precision=precision)
 
 
 def fp32_precision() -> str:
-    """ "tf32" or "ieee", as torch.backends.cudnn says for recurrent layers."""
+    """How torch.backends.cudnn wants fp32 products in recurrent layers: "tf32" or "ieee"."""
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
@@ -58,7 +52,7 @@ def _forward(
     T, B, _ = x.shape
     x2 = x.reshape(T * B, -1)
     gates = (x2 @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x2, w_ih.t())).view(T, B, -1)
-    plan = _plan(spec, gates, w_hh.shape[1], engine, tile)
+    plan = plan_for(spec, x, w_hh.shape[1], engine, tile)
     w_hh, h0 = w_hh.contiguous(), h0.contiguous()
     b_hh = None if b_hh is None else b_hh.contiguous()
     y, state, extra = launch.forward(plan, gates, w_hh, b_hh, h0, c0, reverse=reverse, training=training)
@@ -96,7 +90,7 @@ def _backward(
     """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0 [B, H] complete, dc0 [B, H] (empty without c0)."""
     spec = CellSpec(cell, activation, bias)
     H = w_hh.shape[1]
-    plan = _plan(spec, dy, H, engine, tile)
+    plan = plan_for(spec, dy, H, engine, tile)
     save_gates, save_extra = launch.saves(spec)
     high = torch.float64 if dy.dtype == torch.float64 else torch.float32
     dh = dh_n.to(high, memory_format=torch.contiguous_format, copy=True)

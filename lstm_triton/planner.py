@@ -385,10 +385,8 @@ def _registers(
     threads: int,
 ) -> str:
     """What would not fit the registers, by the same reading; empty where all does."""
-    if engine == "local":
-        held = 8 if kind == "half" else 4
-    else:
-        held = 4 if split_k > 1 or kind == "fp64" else 8
+    narrow = kind != "half" if engine == "local" else split_k > 1 or kind == "fp64"
+    held = 4 if narrow else 8  # of each of the cell's tiles, values in a thread
     if block_b * block_h * tiles > threads * held:
         return "the cell's tiles would not fit the registers"
     if scalar and (engine == "resident" or (engine == "local" and H > 32)):
