@@ -181,7 +181,7 @@ def product_from_registers(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_group"])
+@triton.jit(do_not_specialize=["T", "B", "start", "chained", "first_group"])
 def sequence_forward(
     gates_ptr,  # [T, B, G*H] in: W_ih x + b_ih; out, with SAVE_GATES: the activated gates
     w_hh_ptr,  # [G*H, H]
@@ -192,8 +192,10 @@ def sequence_forward(
     extra_ptr,  # [T, B, H] out, with SAVE_EXTRA
     counter_ptr,  # [groups * 32] zeros, with SYNC
     error_ptr,  # [1], with SYNC
-    T,
+    T,  # steps of this launch
     B,
+    start,  # where the first of them lies in memory
+    chained,  # 1 where a launch before this one has done the steps before it
     first_group,  # of this launch: where the groups cannot all wait at once, they come in several
     CELL: tl.constexpr, G: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, N_H: tl.constexpr,
@@ -242,17 +244,15 @@ def sequence_forward(
     if RESIDENT:
         resident = load_resident(column_ptrs, masks_n, 1, H, H, BLOCK_K, SPLIT_K)
 
-    rows_ptr = h0_ptr + first_b * H
-    y_ptr += first_b * H
+    y_ptr += (start * stride_t + first_b) * H
     if SAVE_EXTRA:
-        extra_ptr += first_b * H
-    gates_ptr += first_b * (G * H)
+        extra_ptr += (start * stride_t + first_b) * H
+    gates_ptr += (start * stride_t + first_b) * (G * H)
     if REVERSE:
-        y_ptr += (T - 1) * stride_t * H
-        if SAVE_EXTRA:
-            extra_ptr += (T - 1) * stride_t * H
-        gates_ptr += (T - 1) * stride_t * (G * H)
         stride_t = -stride_t
+    rows_ptr = h0_ptr + first_b * H
+    if chained != 0:
+        rows_ptr = y_ptr - stride_t * H
 
     ok = True
     target = 0
@@ -319,7 +319,7 @@ def sequence_forward(
         give_up(counter_ptr, error_ptr, ok)
 
 
-@triton.jit(do_not_specialize=["T", "B", "chained", "first_group"])
+@triton.jit(do_not_specialize=["T", "B", "start", "chained", "last", "first_group"])
 def sequence_backward(
     dy_ptr,  # [T, B, H]
     gates_ptr,  # [T, B, G*H] the activated gates, with SAVE_GATES
@@ -334,7 +334,9 @@ def sequence_backward(
     error_ptr,  # [1], with SYNC
     T,
     B,
-    chained,  # 1 where slots[T] is there already: this launch goes on where another stopped
+    start,
+    chained,
+    last,  # 1 where the last step of this launch is the first of the sequence
     first_group,
     CELL: tl.constexpr, G: tl.constexpr, D: tl.constexpr, H_SLOT: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, N_H: tl.constexpr,
@@ -353,25 +355,16 @@ def sequence_backward(
     if SYNC:
         counter_ptr += group * 32
 
-    # From here on a step forth is a step back in time.
-    dy_ptr += first_b * H
-    states_ptr += first_b * H
+    dy_ptr += (start * stride_t + first_b) * H
+    states_ptr += (start * stride_t + first_b) * H
     state0_ptr += first_b * H
     if SAVE_EXTRA:
-        extra_ptr += first_b * H
+        extra_ptr += (start * stride_t + first_b) * H
     if SAVE_GATES:
-        gates_ptr += first_b * (G * H)
-    slots_ptr += first_b * (D * H)
+        gates_ptr += (start * stride_t + first_b) * (G * H)
+    slots_ptr += (start * stride_t + first_b) * (D * H)
     if REVERSE:
         stride_t = -stride_t
-    else:
-        dy_ptr += (T - 1) * stride_t * H
-        states_ptr += (T - 1) * stride_t * H
-        if SAVE_EXTRA:
-            extra_ptr += (T - 1) * stride_t * H
-        if SAVE_GATES:
-            gates_ptr += (T - 1) * stride_t * (G * H)
-        slots_ptr += (T - 1) * stride_t * (D * H)
     rows_ptr = slots_ptr + stride_t * (D * H) + H_SLOT * H
 
     column_ptrs = ()
@@ -405,7 +398,7 @@ def sequence_backward(
     target = 0
     for step in tl.range(0, T, num_stages=1):
         previous_ptr = states_ptr - stride_t * H
-        if step + 1 == T:
+        if (step + 1 == T) & (last != 0):
             previous_ptr = state0_ptr
         dy = ()
         previous = ()

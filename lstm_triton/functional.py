@@ -104,7 +104,7 @@ def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> Lau
     target names a GPU that need not be there ("H200", "A100", "sm_90", ...); without it the plan is for the tensors'
     own device, and ValueError is raised where no kernel would run on it.
     """
-    if cell not in _FUNCTIONS:
+    if not isinstance(cell, str) or cell not in _FUNCTIONS:
         raise ValueError(f"cell must be one of {', '.join(map(repr, _FUNCTIONS))}, got {cell!r}")
     bound = inspect.signature(_FUNCTIONS[cell]).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -128,7 +128,15 @@ def _run(
     spec: CellSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
     b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool, engine: str, tile: tuple[int, int] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    if _autocasts(x):
+        # As torch.nn: everything in autocast's dtype, and no autocast inside.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = [_cast(t, dtype) for t in (x, h0, c0, w_ih, w_hh, b_ih, b_hh)]
+        with torch.autocast(x.device.type, enabled=False):
+            return _run(spec, *tensors, reverse, engine, tile)
     _check(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, engine, tile)
+    if type(reverse) is not bool:
+        raise TypeError(f"reverse must be True or False, got {reverse!r}")
     if engine == "reference":
         states = (h0, c0) if spec.cell == "lstm" else (h0,)
         function = getattr(reference, spec.cell)
@@ -148,6 +156,16 @@ def _run(
             f"got x on {x.device}"
         )
     return _aten(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
+
+
+def _autocasts(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """To autocast's dtype, what autocast would cast: floating tensors except float64."""
+    eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
 
 
 def _on_kernels(x: Tensor) -> bool:
@@ -174,19 +192,26 @@ def _aten(
     return (y.flip(0) if reverse else y), *rest
 
 
+def check_engine(engine: str) -> None:
+    """ValueError unless `engine` is one that exists."""
+    if engine not in ("auto", "reference", *ENGINES):
+        expected = ", ".join(map(repr, ("auto", *ENGINES, "reference")))
+        raise ValueError(f"engine must be one of {expected}, got {engine!r}")
+
+
 def _check(
     spec: CellSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
     b_ih: Tensor | None, b_hh: Tensor | None, engine: str, tile: tuple[int, int] | None,
 ) -> None:  # fmt: skip
     """Every argument against the shapes, dtype and device that x and w_hh imply, before anything runs."""
-    if engine not in ("auto", "reference", *ENGINES):
-        expected = ", ".join(map(repr, ("auto", *ENGINES, "reference")))
-        raise ValueError(f"engine must be one of {expected}, got {engine!r}")
+    check_engine(engine)
     if tile is not None:
         check_tile(tile)
     for name, tensor, dims in (("x", x, 3), ("w_ih", w_ih, 2), ("w_hh", w_hh, 2)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
     if x.dtype not in DTYPES:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,7 +24,12 @@ from .spec import CellSpec
 INTERPRETED = isinstance(sequence.sequence_forward, InterpretedFunction)
 
 #: How often a program looks for a missing tile before it gives up: some ten seconds on a GPU, some seconds interpreted.
-POLLS = 1 << 17 if INTERPRETED else 1 << 24
+POLLS = 1 << 14 if INTERPRETED else 1 << 24
+
+#: Triton's interpreter keeps its state in module globals; a GPU needs no such lock.
+_one_at_a_time: AbstractContextManager = threading.Lock() if INTERPRETED else contextlib.nullcontext()
+
+_STATES_CONSTANTS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
 
 #: int32 counters lie a 128-byte line apart, one a group.
 COUNTER_STRIDE = 32
@@ -106,27 +113,12 @@ def forward(
     # A copy even where the dtype fits: the kernel updates it.
     state = (h0 if c0 is None else c0).to(_accumulator(gates.dtype), memory_format=torch.contiguous_format, copy=True)
     constants = _constants(plan, plan.forward, training) | {"REVERSE": reverse}
-    with _synchronisation(plan.forward, T, gates) as (counters, error):
-        for first, last in _launches(plan.forward, T, reverse):
-            before = h0 if first == 0 else y[_at(first - 1, T, reverse)]
-            steps = _steps(first, last, T, reverse)
-            _run(
-                sequence.sequence_forward,
-                plan.forward,
-                (
-                    gates[steps],
-                    w_hh,
-                    b_hh,
-                    before,
-                    y[steps],
-                    state,
-                    None if extra is None else extra[steps],
-                    counters,
-                    error,
-                ),
-                (last - first, B),
-                constants,
-            )
+    tensors = (gates, w_hh, b_hh, h0, y, state, extra)
+    with _synchronisation(plan.forward, gates) as waiting:
+        for first, steps in _launches(plan.forward, T):
+            start = T - 1 - first if reverse else first
+            sizes = (steps, B, start, int(first > 0))
+            _run(sequence.sequence_forward, plan.forward, (*tensors, *waiting), sizes, constants)
     return y, state, extra
 
 
@@ -153,30 +145,12 @@ def backward(
     cell = _CELLS[plan.spec.cell, plan.spec.activation]
     da = dy.new_empty(T, B, cell.slots * plan.H)
     constants = _constants(plan, plan.backward, True) | {"REVERSE": reverse}
-    with _synchronisation(plan.backward, T, dy) as (counters, error):
-        # Time runs backwards, which is the forward order of the other direction.
-        for first, last in _launches(plan.backward, T, reverse):
-            steps = _steps(first, last, T, not reverse)
-            before = state0 if last == T else states[_at(last, T, not reverse)]
-            _run(
-                sequence.sequence_backward,
-                plan.backward,
-                (
-                    dy[steps],
-                    None if gates is None else gates[steps],
-                    states[steps],
-                    before,
-                    None if extra is None else extra[steps],
-                    w_hh,
-                    da[steps],
-                    dh_n,
-                    dstate_n,
-                    counters,
-                    error,
-                ),
-                (last - first, B, int(first > 0)),
-                constants,
-            )
+    tensors = (dy, gates, states, state0, extra, w_hh, da, dh_n, dstate_n)
+    with _synchronisation(plan.backward, dy) as waiting:
+        for first, steps in _launches(plan.backward, T):
+            start = first if reverse else T - 1 - first
+            sizes = (steps, B, start, int(first > 0), int(first + steps == T))
+            _run(sequence.sequence_backward, plan.backward, (*tensors, *waiting), sizes, constants)
     return da, dh_n, dstate_n
 
 
@@ -190,14 +164,8 @@ def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True) ->
     constants = _constants(plan, kernel_plan, training) | {"REVERSE": False}
     storage = f"*{_TRITON_DTYPES[plan.dtype]}"
     accumulator = f"*{_TRITON_DTYPES[_accumulator(plan.dtype)]}"
-    special = {
-        "counter_ptr": "*i32",
-        "error_ptr": "*i32",
-        "T": "i32",
-        "B": "i32",
-        "chained": "i32",
-        "first_group": "i32",
-    }
+    special = {"counter_ptr": "*i32", "error_ptr": "*i32"}
+    special |= dict.fromkeys(("T", "B", "start", "chained", "last", "first_group"), "i32")
     special |= dict.fromkeys(("state_ptr", "dh_ptr", "dstate_ptr"), accumulator)
     signature = {}
     for name in kernel.arg_names:
@@ -212,17 +180,16 @@ def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True) ->
             constants.setdefault(name, None)
         else:
             signature[name] = special.get(name, storage)
-    source = triton.compiler.ASTSource(
-        kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        # The empty ones are what a launch states for its constants: the compilation cache then knows this kernel again.
-        attrs={
-            (i,): [["tt.divisibility", 16]] if signature[name].startswith("*") else []
-            for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or signature[name] == "constexpr"
-        },
-    )
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    # What a launch states of its arguments, so that the compilation cache knows the kernel again: pointers are aligned;
+    # for a constant an empty entry, in Triton 3.6 for strings alone.
+    attrs: dict[tuple[int], list] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if signature[name].startswith("*"):
+            attrs[i,] = [["tt.divisibility", 16]]
+        elif signature[name] == "constexpr" and (_STATES_CONSTANTS or isinstance(constants[name], str)):
+            attrs[i,] = []
+    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     target = triton.backends.compiler.GPUTarget("cuda", plan.device.capability, 32)
     return triton.compile(source, target=target, options=_options(kernel_plan))
 
@@ -275,45 +242,38 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _launches(kernel: KernelPlan, T: int, reverse: bool) -> Iterator[tuple[int, int]]:
-    """The steps of each launch, in the order in which they run: all at once, or one by one."""
+def _launches(kernel: KernelPlan, T: int) -> Iterator[tuple[int, int]]:
+    """First step and number of steps of each launch, in the order in which they run: all at once, or one by one."""
     if kernel.engine == "step":
-        yield from ((step, step + 1) for step in range(T))
+        yield from ((step, 1) for step in range(T))
     else:
         yield 0, T
 
 
-def _at(step: int, T: int, reverse: bool) -> int:
-    """Where in memory the step-th step lies."""
-    return T - 1 - step if reverse else step
-
-
-def _steps(first: int, last: int, T: int, reverse: bool) -> slice:
-    return slice(T - last, T - first) if reverse else slice(first, last)
-
-
 def _run(
-    kernel: Any, plan: KernelPlan, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], constants: dict[str, Any]
+    kernel: Any,
+    plan: KernelPlan,
+    tensors: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
+    constants: dict[str, Any],
 ) -> None:
-    for first_group in range(0, plan.n_b, plan.groups_at_once):
-        groups = min(plan.groups_at_once, plan.n_b - first_group)
-        kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **_options(plan))
+    with _one_at_a_time:
+        for first_group in range(0, plan.n_b, plan.groups_at_once):
+            groups = min(plan.groups_at_once, plan.n_b - first_group)
+            kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **_options(plan))
 
 
 @contextlib.contextmanager
-def _synchronisation(kernel: KernelPlan, T: int, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+def _synchronisation(kernel: KernelPlan, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """Zeroed counters and the device's error word, under the tensors' own device.
 
     The word is looked at before a launch, when whatever an earlier launch had to say has arrived without anyone waiting
     for it; at once where that costs nothing (interpreted) or torch's anomaly detection asks for it.
     """
-    on_device = torch.cuda.device_of(like)
-    with on_device:
+    with torch.cuda.device_of(like):
         if not kernel.synchronised:
             yield None, None
             return
-        if kernel.n_h * T >= 1 << 30:
-            raise ValueError(f"engine={kernel.engine!r} counts {kernel.n_h} programs x {T} steps, more than 2^30")
         error = _error_word(like.device)
         _raise_timeout(error)
         yield torch.zeros(kernel.n_b * COUNTER_STRIDE, dtype=torch.int32, device=like.device), error

@@ -54,6 +54,7 @@ class RNNBase(nn.Module):
         self.engine = engine
         _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         refuse_later_options(proj_size=proj_size, **later)
+        functional.check_engine(engine)
         gates = CellSpec(self.cell, activation=activation, bias=bias).gates
 
         directions = 2 if bidirectional else 1
@@ -348,7 +349,12 @@ def _split_state(hx: Tensor | tuple[Tensor, Tensor] | None, states: int, batched
     """The layer's states as a tuple, empty where none was given."""
     if hx is None:
         return ()
-    state = (hx,) if states == 1 else (hx[0], hx[1])
+    if states == 2 and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        raise RuntimeError("lstm expects two hidden states")
+    state = (hx,) if states == 1 else tuple(hx)
+    for s in state:
+        if not isinstance(s, Tensor):
+            raise TypeError(f"hx must hold tensors, got {type(s).__name__}")
     kind, dim = ("batched", 3) if batched else ("unbatched", 2)
     if any(s.dim() != dim for s in state):
         got = ", ".join(f"{s.dim()}-D" for s in state)

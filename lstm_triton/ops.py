@@ -202,6 +202,13 @@ class _Sequence(torch.autograd.Function):
         )
 
 
+def _transformed() -> bool:
+    """Forward-mode tangents or a torch.func transform are about: the autograd function refuses them by name, where the
+    bare operator would drop them.
+    """
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def sequence(
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     *, spec: CellSpec, reverse: bool, engine: str, tile: tuple[int, int] | None,
@@ -209,7 +216,8 @@ def sequence(
     """Run one layer in one direction on the kernels -> y [T, B, H], h_n [B, H], c_n [B, H] or None."""
     tensors = [x, h0, c0, w_ih, w_hh, b_ih, b_hh]
     tile_list = list(tile or ())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if wanted or _transformed():
         # A tensor given twice (one zero state for h0 and c0, say) goes in as a view the second time.
         for i, tensor in enumerate(tensors):
             if tensor is not None and any(tensor is other for other in tensors[:i]):

@@ -7,6 +7,7 @@ schedules; the constants it needs are in tuned/*.json, one file for each GPU.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -19,6 +20,10 @@ from .spec import CellSpec
 ENGINES = ("local", "resident", "streamed", "step")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIRECTIONS = ("forward", "backward")
+
+#: Waiting programs are counted, all of a group at every step, in less than 2^30 (kernels/sync.py).
+MAX_COUNTED_STEPS = 1 << 20
+MAX_COUNTED_PROGRAMS = 1 << 10
 
 #: A local program's tiles of hidden units: its product is unrolled over their square.
 MAX_LOCAL_TILES = 8
@@ -38,11 +43,15 @@ class Device:
     l2_round_trip_us: float
     l2_bytes_per_clock: float
     launch_us: float
-    fp64_matrix_products: bool  # Triton has them for compute capability 8.0 and 9.0 alone
     flops_half: float
     flops_tf32: float
     flops_fp32: float
     flops_fp64: float
+
+    @property
+    def fp64_matrix_products(self) -> bool:
+        """Whether Triton has matrix instructions for fp64 there; elsewhere such products are scalar."""
+        return self.capability in (80, 90)
 
     def occupancy(self, num_warps: int, shared_bytes: int) -> int:
         """Programs that one SM surely holds at once, with as many registers as a thread can have."""
@@ -70,9 +79,11 @@ INTERPRETER = replace(devices()["H200"], name="interpreter", sms=1 << 20, shared
 
 def device_named(target: str) -> Device:
     """The device called "H200", "nvidia h200", ... or a representative of "sm_90" (ValueError for any other name)."""
+    if not isinstance(target, str):
+        raise TypeError(f"target must be the name of a GPU, got {type(target).__name__}")
     wanted = target.lower().replace("_", " ")
     for device in devices().values():
-        if device.name.lower() in wanted or wanted == f"sm {device.capability}":
+        if re.search(rf"\b{device.name.lower()}\b", wanted) or wanted == f"sm {device.capability}":
             return device
     raise ValueError(f"target must be one of {', '.join(devices())} or sm_80, sm_89, sm_90, sm_100, got {target!r}")
 
@@ -185,17 +196,19 @@ def make_plan(
 ) -> LaunchPlan:
     """The cheapest schedule under the model. ValueError, saying why, where `engine` or `tile` cannot run the problem.
 
-    T does not enter the choice: a plan, and so a compiled kernel, serves every length.
+    T does not enter the choice: a plan, and so a compiled kernel, serves every length (that can be counted).
     """
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
     if tile is not None:
         check_tile(tile)
+        tile = tuple(tile)
     if engine == "auto" and device is INTERPRETER:
         engine = "step"
     precision = precision if dtype == torch.float32 else "ieee"
-    forward, why_forward = _choose(spec, "forward", max(B, 1), H, dtype, device, engine, tile, precision)
-    backward, why_backward = _choose(spec, "backward", max(B, 1), H, dtype, device, engine, tile, precision)
+    problem = (max(B, 1), H, dtype, device, engine, tile, precision, T <= MAX_COUNTED_STEPS)
+    forward, why_forward = _choose(spec, "forward", *problem)
+    backward, why_backward = _choose(spec, "backward", *problem)
     return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward)
 
 
@@ -220,12 +233,13 @@ def _choose(
     engine: str,
     tile: tuple[int, int] | None,
     precision: str,
+    countable: bool,
 ) -> tuple[KernelPlan, tuple[str, ...]]:
     best: dict[str, KernelPlan] = {}
     reasons: dict[str, str] = {}
     for name in ENGINES if engine == "auto" else (engine,):
         for block_b, block_h in _tiles(name, B, H, tile):
-            plan = _schedule(name, direction, spec, B, H, block_b, block_h, dtype, device, precision)
+            plan = _schedule(name, direction, spec, B, H, block_b, block_h, dtype, device, precision, countable)
             if isinstance(plan, str):
                 reasons.setdefault(name, plan)
             elif name not in best or plan.step_us < best[name].step_us:
@@ -265,6 +279,7 @@ def _schedule(
     dtype: torch.dtype,
     device: Device,
     precision: str,
+    countable: bool,
 ) -> KernelPlan | str:
     """One candidate with its cost, or in words why it cannot run."""
     forward, local = direction == "forward", engine == "local"
@@ -307,6 +322,8 @@ def _schedule(
     at_once = n_b
     capacity = 1 << 30 if device is INTERPRETER else device.sms * device.occupancy(num_warps, shared)
     if engine in ("resident", "streamed"):
+        if not countable or n_h >= MAX_COUNTED_PROGRAMS:
+            return f"more than {MAX_COUNTED_STEPS} steps or {MAX_COUNTED_PROGRAMS} programs a group cannot be counted"
         if n_h > capacity:
             return f"with tile {block_b}x{block_h} a group is {n_h} programs, and only {capacity} surely run at once"
         at_once = min(n_b, capacity // n_h)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from numerics import CELLS, TOLERANCE, problem, relative_error, worst_error
+from concurrency import concurrent
+from numerics import CELLS, TOLERANCE, differentiate, problem, relative_error, worst_error
 
 import lstm_triton as lt
 from lstm_triton import launch
@@ -174,6 +176,8 @@ def test_engine_reference_differentiates_twice() -> None:
         ({"x": torch.zeros(3, 2, 5, dtype=torch.int64)}, ValueError, "x must be float16, .*got torch.int64"),
         ({"h0": torch.zeros(3, 8)}, ValueError, r"h0 must have shape \(2, 8\).*got \(3, 8\)"),
         ({"c0": torch.zeros(2, 8, dtype=torch.float64)}, ValueError, "c0 must have x's dtype .*32, got .*64"),
+        ({"reverse": "no"}, TypeError, "reverse must be True or False, got 'no'"),
+        ({"x": torch.zeros(3, 2, 5).to_sparse()}, ValueError, "x must be a dense tensor"),
         ({"c0": "zeros"}, TypeError, "c0 must be a Tensor or None, got str"),
         ({"w_hh": torch.zeros(24, 8)}, ValueError, r"w_hh must have shape \(32, 8\).*got \(24, 8\)"),
         ({"w_hh": torch.zeros(32, 0)}, ValueError, "H >= 1"),
@@ -215,14 +219,61 @@ def test_no_input_features() -> None:
     assert worst_error("gru", inputs, engine="local") <= TOLERANCE[torch.float32]
 
 
-def test_a_count_that_would_overflow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = problem("rnn", 2, 2, 20)
-    plan = lt.plan("rnn", *inputs, engine="resident", tile=(16, 8))
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_mode_is_refused(cell: str) -> None:
+    """Nothing requires a gradient, yet a tangent must not be lost."""
+    x, *rest = problem(cell, 2, 2, 8)
+    function = getattr(lt.functional, cell)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|setup_context"):
+        torch.func.jvp(lambda z: function(z, *rest)[0], (x,), (torch.ones_like(x),))
     with (
-        pytest.raises(ValueError, match="2\\^30"),
-        launch._synchronisation(plan.forward, 1 << 29, inputs[0]),
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"),
     ):
-        raise AssertionError("not reached")
+        function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), *rest)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(lambda z: function(z, *rest)[0])(x[None])
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast(cell: str, dtype: torch.dtype) -> None:
+    """All results in autocast's dtype, gradients in the parameters', and float64 left alone."""
+    inputs = [t.requires_grad_() for t in problem(cell, 3, 2, 8)]
+    function = getattr(lt.functional, cell)
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = function(*inputs)
+    assert {t.dtype for t in outputs} == {dtype}
+    gradients = torch.autograd.grad(sum(t.float().sum() for t in outputs), inputs)
+    assert {t.dtype for t in gradients} == {torch.float32}
+    assert relative_error(outputs[0], function(*inputs)[0]) <= TOLERANCE[dtype]
+    with torch.autocast("cpu", dtype=dtype):
+        assert function(*problem(cell, 3, 2, 8, dtype=torch.float64))[0].dtype == torch.float64
+
+
+def test_threads() -> None:
+    inputs = problem("gru", 2, 2, 20)
+    wanted = lt.functional.gru(*inputs, engine="step", tile=(16, 8))[0]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: lt.functional.gru(*inputs, engine="step", tile=(16, 8))[0], range(12)))
+    assert all(torch.equal(y, wanted) for y in results)
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "resident", "streamed"])
+def test_every_launch_gets_the_same_pointers(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles anew for a pointer of another alignment: whole tensors go in, never a step's slice of one."""
+    aligned: set[tuple[bool, ...]] = set()
+    run = launch._run
+
+    def remember(kernel: Any, plan: Any, tensors: tuple[Any, ...], *rest: Any) -> None:
+        aligned.add(tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors))
+        run(kernel, plan, tensors, *rest)
+
+    monkeypatch.setattr(launch, "_run", remember)
+    with concurrent(0):
+        differentiate("rnn", problem("rnn", 5, 3, 7), None, lt.functional, engine=engine, tile=(16, 8))
+    assert all(all(flags) for flags in aligned)
 
 
 def test_slots_name_each_cell() -> None:

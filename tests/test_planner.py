@@ -100,7 +100,23 @@ def test_impossible_plans_say_why() -> None:
     with pytest.raises(ValueError, match=r"fp32 products are scalar.*TF32"):
         make_plan(spec, 9, 16, 512, torch.float32, h200, engine="resident", precision="ieee")
     with pytest.raises(ValueError, match=r"a group is \d+ programs, and only \d+ surely run at once"):
-        make_plan(spec, 9, 16, 8192, torch.bfloat16, h200, engine="streamed", tile=(16, 8))
+        make_plan(spec, 9, 16, 4096, torch.bfloat16, h200, engine="streamed", tile=(16, 8))
+
+
+@pytest.mark.both
+def test_more_steps_than_can_be_counted() -> None:
+    spec, h200 = CellSpec("lstm"), devices()["H200"]
+    with pytest.raises(ValueError, match="cannot be counted"):
+        make_plan(spec, 1 << 21, 1, 512, torch.float16, h200, engine="resident")
+    assert make_plan(spec, 1 << 20, 1, 512, torch.float16, h200).engine == "resident"
+    assert make_plan(spec, 1 << 21, 1, 512, torch.float16, h200).engine in ("local", "step")
+
+
+@pytest.mark.both
+def test_tile_as_a_list() -> None:
+    tensors = _shapes("lstm", 5, 3, 40)
+    plans = [lt.plan("lstm", *tensors, target="H200", engine="step", tile=tile) for tile in ([16, 16], (16, 16))]
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.both
@@ -109,9 +125,15 @@ def test_devices_are_found_by_name() -> None:
     assert device_named("NVIDIA H200") is devices()["H200"]
     assert device_named("NVIDIA GeForce RTX 4090").name == "RTX 4090"
     assert device_named("rtx_4090").name == "RTX 4090"
+    for stranger in ("NVIDIA RTX A1000", "NVIDIA L40S", "H2000"):
+        with pytest.raises(ValueError, match="target must be one of"):
+            device_named(stranger)
+    with pytest.raises(TypeError, match="target must be the name of a GPU, got int"):
+        device_named(90)
     assert [device_named(f"sm_{n}").capability for n in (80, 89, 90, 100)] == [80, 89, 90, 100]
     unknown = device_like("NVIDIA A10", 86, 72, 101376, 102400)
     assert (unknown.name, unknown.sms, unknown.shared_per_program) == ("NVIDIA A10", 72, 101376)
+    assert not unknown.fp64_matrix_products
     assert make_plan(CellSpec("lstm"), 9, 16, 512, torch.float16, unknown).forward.grid <= 72 * 8
 
 
