@@ -34,7 +34,7 @@ sweep: venv
 	$(BIN)/python -m lstm_triton.perf sweep --out results/ $(ARGS)
 
 resources: venv
-	$(BIN)/python -m lstm_triton.perf resources $(ARGS)
+	$(BIN)/python -m lstm_triton.perf resources --out perf/results/resources $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

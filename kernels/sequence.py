@@ -19,7 +19,7 @@ nothing is interleaved.
 import triton
 import triton.language as tl
 
-from .sync import give_up, publish, wait
+from .sync import COUNTER_STRIDE, give_up, publish, wait
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def sequence_forward(
     y_ptr,  # [T, B, H] out: h[t]
     state_ptr,  # [B, H], ACC dtype, in: the state before the first step; out: after the last
     extra_ptr,  # [T, B, H] out, with SAVE_EXTRA
-    counter_ptr,  # [groups * 32] zeros, with SYNC
+    counter_ptr,  # [groups * COUNTER_STRIDE] zeros, with SYNC
     error_ptr,  # [1], with SYNC
     T,  # steps of this launch
     B,
@@ -213,7 +213,7 @@ def sequence_forward(
     offs_b = tl.arange(0, BLOCK_B)
     mask_b = first_b + offs_b < B
     if SYNC:
-        counter_ptr += group * 32
+        counter_ptr += group * COUNTER_STRIDE
 
     # Where this program's hidden units lie: a tuple entry a tile.
     column_ptrs = ()
@@ -330,7 +330,7 @@ def sequence_backward(
     slots_ptr,  # [T, B, D*H] out: gradients by the pre-activations
     dh_ptr,  # [B, H], ACC dtype, in: by h after the last step; out: by h0, without what goes through W_hh
     dstate_ptr,  # [B, H], ACC dtype, in: by the state after the last step; out: by the state before the first
-    counter_ptr,  # [groups * 32] zeros, with SYNC
+    counter_ptr,  # [groups * COUNTER_STRIDE] zeros, with SYNC
     error_ptr,  # [1], with SYNC
     T,
     B,
@@ -353,7 +353,7 @@ def sequence_backward(
     offs_b = tl.arange(0, BLOCK_B)
     mask_b = first_b + offs_b < B
     if SYNC:
-        counter_ptr += group * 32
+        counter_ptr += group * COUNTER_STRIDE
 
     dy_ptr += (start * stride_t + first_b) * H
     states_ptr += (start * stride_t + first_b) * H

@@ -7,6 +7,9 @@ n_h publications. Tiles of different time steps are different memory, so no prog
 import triton
 import triton.language as tl
 
+#: int32 counters a group: a line of the cache of its own.
+COUNTER_STRIDE = tl.constexpr(32)
+
 #: Above any count that publishing reaches: n_h * T stays below it (the host checks).
 RELEASED = tl.constexpr(1 << 30)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .kernels import cells, sequence
+from .kernels import cells, sequence, sync
 from .planner import INTERPRETER, Device, KernelPlan, LaunchPlan, device_like
 from .spec import CellSpec
 
@@ -29,10 +29,8 @@ POLLS = 1 << 14 if INTERPRETED else 1 << 24
 #: Triton's interpreter keeps its state in module globals; a GPU needs no such lock.
 _one_at_a_time: AbstractContextManager = threading.Lock() if INTERPRETED else contextlib.nullcontext()
 
+#: Triton from 3.7 on states an (empty) attribute for every constant of a kernel, before that for strings alone.
 _STATES_CONSTANTS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
-
-#: int32 counters lie a 128-byte line apart, one a group.
-COUNTER_STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -181,8 +179,7 @@ def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True) ->
         else:
             signature[name] = special.get(name, storage)
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    # What a launch states of its arguments, so that the compilation cache knows the kernel again: pointers are aligned;
-    # for a constant an empty entry, in Triton 3.6 for strings alone.
+    # What a launch states of its arguments, so that the compilation cache knows the kernel again.
     attrs: dict[tuple[int], list] = {}
     for i, name in enumerate(kernel.arg_names):
         if signature[name].startswith("*"):
@@ -276,7 +273,7 @@ def _synchronisation(kernel: KernelPlan, like: Tensor) -> Iterator[tuple[Tensor 
             return
         error = _error_word(like.device)
         _raise_timeout(error)
-        yield torch.zeros(kernel.n_b * COUNTER_STRIDE, dtype=torch.int32, device=like.device), error
+        yield torch.zeros(kernel.n_b * sync.COUNTER_STRIDE.value, dtype=torch.int32, device=like.device), error
         if INTERPRETED:
             _raise_timeout(error)
         elif torch.is_anomaly_enabled():

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from concurrency import concurrent
-from numerics import CELLS, ENGINES, TOLERANCE, differentiate, problem, worst_error
+from lstm_triton.kernels import sequence
+from numerics import CELLS, ENGINES, TOLERANCE, differentiate, problem, relative_error, worst_error
 
 import lstm_triton as lt
+from lstm_triton import launch
+from lstm_triton.planner import INTERPRETER, make_plan
+from lstm_triton.spec import CellSpec
 
 SHAPES = [(5, 3, 40), (1, 1, 1), (7, 17, 72), (2, 33, 24)]
 
@@ -159,3 +163,27 @@ def test_extreme_values_stay_finite() -> None:
     inputs = [1e4 * t for t in problem("lstm", 3, 2, 8)]
     outputs, gradients, _ = differentiate("lstm", inputs, None, lt.functional, engine="local")
     assert all(t.isfinite().all() for t in outputs + gradients)
+
+
+def test_offsets_beyond_31_bits() -> None:
+    """One step at the far end of tensors of more than 2^31 elements, of which only that end is ever touched."""
+    B, H = 16, 64
+    T = (1 << 31) // (B * H) + 2
+    _, h0, _, w_hh, _, b_hh = problem("rnn", 1, B, H, dtype=torch.float16)
+    x, h, dy, da_before = torch.randn(4, B, H, generator=torch.Generator().manual_seed(0)).half()
+    gates, y, dys, da = (torch.empty(T, B, H, dtype=torch.float16) for _ in range(4))
+    gates[T - 1], y[T - 2], dys[T - 1], da[T - 2] = x, h, dy, da_before
+    plan = make_plan(CellSpec("rnn"), 1, B, H, torch.float16, INTERPRETER, engine="step", tile=(16, 32))
+
+    constants = launch._constants(plan, plan.forward, True) | {"REVERSE": False}
+    tensors = (gates, w_hh, b_hh, h0, y, h.float(), None, None, None)
+    launch._run(sequence.sequence_forward, plan.forward, tensors, (1, B, T - 1, 1), constants)
+    wanted = torch.tanh(x.double() + h.double() @ w_hh.double().t() + b_hh.double())
+    assert relative_error(y[T - 1], wanted) <= TOLERANCE[torch.float16]
+
+    # Of the direction that runs backwards in time, so that step T-2 has its gradients before T-1.
+    constants = launch._constants(plan, plan.backward, True) | {"REVERSE": True}
+    tensors = (dys, None, y, h0, None, w_hh, da, torch.zeros(B, H), torch.zeros(B, H), None, None)
+    launch._run(sequence.sequence_backward, plan.backward, tensors, (1, B, T - 1, 1, 0), constants)
+    wanted = (dy.double() + da_before.double() @ w_hh.double()) * (1 - y[T - 1].double() ** 2)
+    assert relative_error(da[T - 1], wanted) <= TOLERANCE[torch.float16]
