@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -24,8 +25,8 @@ FIELDS = (
 KEY = FIELDS[:7]
 #: Exit status when a CUDA error has made this process's device unusable; another process can go on with --resume.
 DEVICE_LOST = 75
-#: Problems whose kernels are compiled at a time, before the first of them runs.
-BATCH = 40
+#: Problems whose kernels are compiled at a time, before the first of them runs: two kernels each, for 16 cores.
+BATCH = 8
 
 
 def interpreted() -> list[Problem]:
@@ -66,18 +67,28 @@ def kernels(problem: Problem) -> list[Kernel]:
 
 def run(problems: Iterable[Problem], device: str, rows: table.Rows, source: str, minutes: float | None) -> bool:
     """Check each problem that is not among the rows yet; False if the device was lost on the way."""
-    deadline = None if minutes is None else time.monotonic() + minutes * 60
+    deadline = math.inf if minutes is None else time.monotonic() + minutes * 60
     done = {tuple(row[name] for name in KEY) for row in rows.rows if row["source"] == source}
     todo = [problem for problem in problems if _key(problem) not in done]
-    prepared = ahead(todo, kernels, BATCH) if device == "cuda" else iter(todo)
+    prepared = ahead(todo, kernels, BATCH, deadline) if device == "cuda" else iter(todo)
     for problem in table.progress(prepared, len(todo), "numerics"):
-        if deadline is not None and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             break
         row = {**dict(zip(KEY, _key(problem), strict=True)), **_judged(problem, device), "source": source}
         rows.add(row)
         if row["status"] == "error" and not alive(device):
             return False
     return True
+
+
+def unreached(rows: Iterable[dict[str, str]]) -> list[str]:
+    """Which engines and dtypes of `on_gpu` no row speaks of, an engine a string: "step fp32 fp64"."""
+    reached = {(row["engine"], row["dtype"]) for row in rows}
+    missing: dict[str, list[str]] = {}
+    for engine, dtype in dict.fromkeys((problem.engine, problem.dtype) for problem in on_gpu()):
+        if (engine, dtype) not in reached:
+            missing.setdefault(engine, []).append(dtype)
+    return [" ".join([engine, *dtypes]) for engine, dtypes in missing.items()]
 
 
 def _judged(problem: Problem, device: str) -> dict[str, object]:

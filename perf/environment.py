@@ -9,7 +9,6 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def collect(device: str) -> dict[str, object]:
         "cuda": torch.version.cuda or "none",
         "cudnn": "none",
         "driver": "none",
-        "lstm_triton": version("lstm-triton"),
+        "lstm_triton": lstm_triton.__version__,
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import lstm_triton
@@ -23,19 +26,28 @@ from . import engines, environment, sweep, table
 from .providers import DTYPES
 
 NO_GPU = 3
+#: Exit status when nothing failed but time ran out before everything was seen.
+UNFINISHED = 4
 #: Seconds kept back for the closing report.
 RESERVE = 10.0
 #: Lines of the closing report at most, so that it survives whole where only the end of the output is kept.
 REPORT_LINES = 95
+#: In --out: the output of every part's process.
+LOG = "log.txt"
+#: Seconds before the end of its time at which a part is to begin nothing new: the end itself is for one that hangs.
+MARGIN = 15.0
+#: A line of `pytest -v`, and one of its closing summary.
+RESULT = re.compile(r"(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)(?: |$)")
+SUMMARY = re.compile(r"(?:FAILED|ERROR) (\S+::.+?)(?: - (.*))?$")
 
 Runner = Callable[[Sequence[str], float, Path], "int | None"]
 
 
 @dataclass
 class Outcome:
-    """What became of one part."""
+    """What became of one part: "passed", "unfinished" (nothing wrong in what was seen, but not all was) or "FAILED"."""
 
-    passed: bool
+    state: str
     lines: list[str] = field(default_factory=list)
 
 
@@ -55,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """0 if everything that ran passed, 1 if anything failed, NO_GPU without a CUDA device."""
+    """0 if all parts passed, 1 if any failed, else UNFINISHED; NO_GPU without a CUDA device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -67,12 +79,14 @@ def main(options: argparse.Namespace) -> int:
     found = environment.collect("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
     environment.write(found, options.out)
+    (options.out / LOG).unlink(missing_ok=True)
     print(environment.summary(found), flush=True)
     outcomes = orchestrate(parts(options.out, options.resume, run_process), options.minutes * 60)
     text = closing_report(environment.summary(found), outcomes)
     (options.out / "summary.md").write_text(text + "\n")
     print(text, flush=True)
-    return 0 if all(outcome.passed for outcome in outcomes.values()) else 1
+    states = {outcome.state for outcome in outcomes.values()}
+    return 1 if "FAILED" in states else UNFINISHED if "unfinished" in states else 0
 
 
 def orchestrate(
@@ -89,33 +103,35 @@ def orchestrate(
         allotted += part.share * (seconds - RESERVE)
         available = start + allotted - clock()
         if available <= 0:
-            outcomes[part.name] = Outcome(False, ["not run: no time was left"])
+            outcomes[part.name] = Outcome("unfinished", ["not run: no time was left"])
             continue
         try:
             outcomes[part.name] = part.run(available)
         except Exception as error:
-            outcomes[part.name] = Outcome(False, [f"{type(error).__name__}: {error}"])
-        state = "passed" if outcomes[part.name].passed else "FAILED"
-        print(f"{part.name}: {state}, {clock() - start:.0f} s since the start", flush=True)
+            outcomes[part.name] = Outcome("FAILED", [f"{type(error).__name__}: {error}"])
+        print(f"{part.name}: {outcomes[part.name].state}, {clock() - start:.0f} s since the start", flush=True)
     return outcomes
 
 
 def parts(out: Path, resume: bool, runner: Runner) -> list[Part]:
     """Tests if the repository's are there, the package's own numerics, the sweep."""
-    tests = Path(lstm_triton.__file__).resolve().parent.parent / "tests"
+    tests = Path(lstm_triton.__file__).resolve().parent.parent / "tests" / "test_gpu.py"
     found = [
         Part("numerics", 0.3, lambda seconds: numerics_part(out, resume, runner, seconds)),
-        Part("sweep", 0.45 if tests.is_dir() else 0.7, lambda seconds: sweep_part(out, resume, runner, seconds)),
+        Part("sweep", 0.45 if tests.exists() else 0.7, lambda seconds: sweep_part(out, resume, runner, seconds)),
     ]
-    if tests.is_dir():
+    if tests.exists():
         found.insert(0, Part("tests", 0.25, lambda seconds: tests_part(tests, out, runner, seconds)))
     return found
 
 
 def run_process(command: Sequence[str], seconds: float, log: Path) -> int | None:
-    """Run `command` with its output in `log`; its exit status, or None if it was ended because its time was up."""
+    """Run `command`, its output appended to `log`; its exit status, or None if it was ended as its time was up."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with log.open("ab") as file:
+    # What it says arrives before it is ended, and pytest does not cut the reasons short.
+    environ |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    with log.open("ab", buffering=0) as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
         # A session of its own: whatever the process started ends with it.
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
         try:
@@ -129,34 +145,49 @@ def run_process(command: Sequence[str], seconds: float, log: Path) -> int | None
 
 
 def tests_part(tests: Path, out: Path, runner: Runner, seconds: float) -> Outcome:
-    """`pytest -m gpu`; failures stand in the report by name."""
-    log = out / "tests.log"
-    log.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", str(tests)]
-    status = runner(command, seconds, log)
-    output = log.read_text(errors="replace").splitlines() if log.exists() else []
-    last = next((line for line in reversed(output) if line.strip()), "no output")
+    """The tests marked gpu, one after another; failures stand in the report by name, also of a run that was ended."""
+    if find_spec("pytest") is None:
+        return Outcome("unfinished", ["not run: pytest is not installed here"])
+    log = out / LOG
+    begin = log.stat().st_size if log.exists() else 0
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    status = runner([*command, "-p", "no:xdist", str(tests)], seconds, log)
+    output = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    results = pytest_results(output)
+    bad = [name for name, result in results.items() if result in ("FAILED", "ERROR")]
+    reasons = {found[1]: found[2] for found in map(SUMMARY.match, output) if found}
+    named = [f"  FAILED {name.rpartition('::')[2]}: {reasons.get(name) or 'see the log'}"[:150] for name in bad]
+    last = next((line for line in reversed(output) if line.strip()), "no output").strip("= ")[:150]
     if status is None:
-        return Outcome(False, [f"ended after {seconds:.0f} s; last line: {last[:150]}"])
-    named = [line[:150] for line in output if line.startswith(("FAILED", "ERROR"))]
-    # pytest's 5: nothing is marked gpu.
-    return Outcome(status in (0, 5), [last[:150], *named[:12]])
+        last = f"ended after {seconds:.0f} s: {_counted(Counter(results.values()))}; last line: {last}"
+    complete = status is not None and "PASSED" in results.values()
+    return Outcome("FAILED" if status or bad else "passed" if complete else "unfinished", [last, *named[:12]])
+
+
+def pytest_results(output: Iterable[str]) -> dict[str, str]:
+    """Each test's result, from as much as `pytest -v` has printed."""
+    return {found[1]: found[2] for found in map(RESULT.match, output) if found}
 
 
 def numerics_part(out: Path, resume: bool, runner: Runner, seconds: float) -> Outcome:
     """The package's own numerics: engine, cell, dtype and odd shapes against float64."""
     path = out / "numerics.csv"
     command = [sys.executable, "-m", "lstm_triton.perf.engines", "--device", "cuda", "--out", str(path)]
-    command += ["--minutes", f"{seconds / 60:.2f}"]
-    ending = _restarting(command, resume, runner, seconds, out / "numerics.log")
+    command += ["--minutes", f"{max(seconds - MARGIN, 1.0) / 60:.2f}"]
+    status, ending = _restarting(command, resume, runner, seconds, out / LOG)
     rows = _read(path, engines.FIELDS)
     counts = Counter(row["status"] for row in rows)
     bad = [row for row in rows if row["status"] in ("failed", "error")]
     lines = [f"{len(rows)} of {len(engines.on_gpu())} problems: {_counted(counts)}{ending}"]
+    missing = engines.unreached(rows)
+    if missing:
+        lines.append(f"not reached: {'; '.join(missing)}")
     lines += table.markdown(_worst_errors(rows), ("engine", *DTYPES)).splitlines()
     for row in bad[:12]:
         lines.append("  " + " ".join(row[name] for name in engines.KEY if row[name]) + f": {row['detail'][:100]}")
-    return Outcome(bool(counts["ok"]) and not bad and "lost" not in ending, lines)
+    if bad or status not in (0, None):
+        return Outcome("FAILED", lines)
+    return Outcome("unfinished" if missing or not counts["ok"] else "passed", lines)
 
 
 def _read(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
@@ -171,10 +202,12 @@ def _worst_errors(rows: list[dict[str, str]]) -> list[dict[str, object]]:
     for engine in engines.ENGINES:
         row: dict[str, object] = {"engine": engine}
         for dtype in DTYPES:
-            judged = [r for r in rows if r["engine"] == engine and r["dtype"] == dtype and r["status"] != "refused"]
+            reached = [r for r in rows if r["engine"] == engine and r["dtype"] == dtype]
+            judged = [r for r in reached if r["status"] != "refused"]
             passed = [r for r in judged if r["status"] == "ok"]
             worst = max((float(r["error"]) for r in passed), default=0.0)
-            row[dtype] = f"{len(passed)}/{len(judged)} {worst:.0e}" if judged else ""
+            none = "refused" if reached else "not reached"
+            row[dtype] = f"{len(passed)}/{len(judged)} {worst:.0e}" if judged else none
         found.append(row)
     return found
 
@@ -184,12 +217,18 @@ def sweep_part(out: Path, resume: bool, runner: Runner, seconds: float) -> Outco
     path = out / "sweep.csv"
     # The sweep starts nothing that might outlast its minutes; the process limit is for one that hangs.
     command = [sys.executable, "-m", "lstm_triton.perf", "sweep", "--device", "cuda", "--preset", "telling"]
-    command += ["--out", str(out), "--minutes", f"{seconds / 60:.2f}"]
-    ending = _restarting(command, resume, runner, seconds, out / "sweep.log")
+    command += ["--out", str(out), "--minutes", f"{max(seconds - MARGIN, 1.0) / 60:.2f}"]
+    status, ending = _restarting(command, resume, runner, seconds, out / LOG)
+    path.with_suffix(".running").unlink(missing_ok=True)
     rows = _read(path, sweep.FIELDS)
-    counts = Counter(row["status"] for row in rows)
-    lines = [f"{len(rows)} results: {_counted(counts)}{ending}", *_sweep_lines(rows)]
-    return Outcome(bool(counts["ok"]) and not counts["failed"] and not counts["error"], lines)
+    timed = [row for row in rows if row["provider"] == "ours" and row["median_ms"]]
+    lines = [f"ours timed in {len(timed)} of {len(sweep.telling())} cases; {len(rows)} results: "]
+    lines[0] += f"{_counted(Counter(row['status'] for row in rows))}{ending}"
+    lines += _sweep_lines(rows)
+    if sweep.faults(rows) or status not in (0, None) or (status == 0 and not timed):
+        return Outcome("FAILED", lines)
+    # The list is longer than any budget: some of it is what the sweep is for.
+    return Outcome("passed" if timed else "unfinished", lines)
 
 
 def _sweep_lines(rows: list[dict[str, str]]) -> list[str]:
@@ -205,25 +244,27 @@ def _sweep_lines(rows: list[dict[str, str]]) -> list[str]:
         ours, other = by_provider.get("ours", {}), by_provider.get("torch", {})
         shown = [row.get("median_ms") or row.get("status", "-") for row in (ours, other)]
         line = f"{name:<44} {shown[0]:>9} {shown[1]:>9} {ours.get('us_per_step', ''):>8} {ours.get('ratio', ''):>6}"
-        lines.append(
-            f"{line} {ours.get('error', ''):>8}  {ours.get('plan') or ''} {ours.get('detail', '')[:60]}".rstrip()
-        )
+        note = f" (torch.nn's error: {other['error']})" if other.get("status") == "loose" else ""
+        line += f" {ours.get('error', ''):>8}  {ours.get('plan') or ''}{note} {ours.get('detail', '')[:60]}"
+        lines.append(line.rstrip())
     return lines
 
 
-def _restarting(command: list[str], resume: bool, runner: Runner, seconds: float, log: Path) -> str:
-    """Run a command that can --resume, and again where it lost its device or died, while time is left."""
-    log.unlink(missing_ok=True)
+def _restarting(command: list[str], resume: bool, runner: Runner, seconds: float, log: Path) -> tuple[int | None, str]:
+    """Run a command that can --resume, and again where it lost its device or died, while time is left.
+
+    The last status, None if it was ended as its time was up, and in words what is worth saying about it.
+    """
     deadline = time.monotonic() + seconds
     for attempt in range(4):
         again = ["--resume"] if resume or attempt else []
         left = deadline - time.monotonic()
         status = runner([*command, *again], max(left, 1.0), log)
         if status is None:
-            return "; ended when its time was up"
+            return None, "; ended when its time was up"
         if status in (0, 1):
-            return f"; lost its process {attempt} times on the way" if attempt else ""
-    return f"; lost its process {attempt + 1} times, gave up"
+            return status, f"; lost its process {attempt} times on the way" if attempt else ""
+    return status, f"; lost its process {attempt + 1} times, gave up"
 
 
 def _counted(counts: Counter[str]) -> str:
@@ -238,6 +279,7 @@ def closing_report(head: str, outcomes: dict[str, Outcome]) -> str:
         later = sum(min(len(o.lines), 8) for o in list(outcomes.values())[i + 1 :])
         kept = outcome.lines[: max(room - later, 1)]
         room -= len(kept)
-        lines += ["", f"{name}: {'passed' if outcome.passed else 'FAILED'}", *kept]
-    bad = [name for name, outcome in outcomes.items() if not outcome.passed]
-    return "\n".join([*lines, f"VERDICT: {'FAILED in ' + ', '.join(bad) if bad else 'all parts passed'}"])
+        lines += ["", f"{name}: {outcome.state}", *kept]
+    named = {state: [name for name, o in outcomes.items() if o.state == state] for state in ("FAILED", "unfinished")}
+    found = [f"{state}: {', '.join(names)}" for state, names in named.items() if names]
+    return "\n".join([*lines, f"VERDICT: {'; '.join(found) or 'all parts passed'}"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -28,6 +29,8 @@ TOLERANCE = {
 }
 ENGINES = ("local", "resident", "streamed", "step")
 CELLS = ("lstm", "gru", "rnn")
+#: Every dtype reads NaN from bytes of this value.
+NAN_BYTE = 255
 
 
 @dataclass(frozen=True)
@@ -117,17 +120,24 @@ def alive(device: str) -> bool:
     return True
 
 
+def timeouts_at_once() -> AbstractContextManager:
+    """In here ours waits for each kernel and raises if a wait ran out in it, not at some later call."""
+    return torch.autograd.set_detect_anomaly(True, check_nan=False)
+
+
 def poison_free_memory(device: str) -> None:
     """Leave NaN in the memory that the next allocations will get: an element that nobody writes then shows."""
     if device == "cuda":
-        blocks = [torch.full((count,), math.nan, device=device) for count in (1 << 26, 1 << 20, 1 << 16)]
+        sizes = 1 << 28, 1 << 22, 1 << 18
+        blocks = [torch.full((size,), NAN_BYTE, dtype=torch.uint8, device=device) for size in sizes]
         del blocks
 
 
 def check_layer(layer: nn.Module, case: Case, x: Tensor, dy: Tensor, want: dict[str, Tensor]) -> Check:
     """One provider's layer on one case, against the reference's results."""
     poison_free_memory(x.device.type)
-    return compare(runner(layer, case, x, dy)(), want, case.dtype)
+    with timeouts_at_once():
+        return compare(runner(layer, case, x, dy)(), want, case.dtype)
 
 
 @dataclass(frozen=True)
@@ -219,6 +229,11 @@ def expected(problem: Problem) -> dict[str, Tensor]:
 
 def check_engine(problem: Problem, device: str, *, repeat: bool = True) -> Check:
     """One engine against float64; with `repeat` also twice the same bits, and the same bits beside other sequences."""
+    with timeouts_at_once():
+        return _check_engine(problem, device, repeat)
+
+
+def _check_engine(problem: Problem, device: str, repeat: bool) -> Check:
     tensors = draw(problem)
     poison_free_memory(device)
     got = call(problem, tensors, device, problem.engine)

@@ -7,8 +7,10 @@ batch of plans is compiled, then used.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -44,10 +46,17 @@ def identity(plan: LaunchPlan, kernel: KernelPlan) -> object:
     return device, plan.spec, plan.H, plan.dtype, plan.precision, compiled
 
 
-def ahead(items: Sequence[Item], kernels: Callable[[Item], Iterable[Kernel]], batch: int) -> Iterator[Item]:
-    """Yield the items, those of each batch only once all kernels of that batch are compiled."""
+def ahead(
+    items: Sequence[Item], kernels: Callable[[Item], Iterable[Kernel]], batch: int, deadline: float = math.inf
+) -> Iterator[Item]:
+    """Yield the items, those of each batch only once all kernels of that batch are compiled.
+
+    No batch is begun after `deadline` (by time.monotonic).
+    """
     with pool() as processes:
         for first in range(0, len(items), batch):
+            if time.monotonic() > deadline:
+                return
             wanted: dict[object, Kernel] = {}
             # What cannot be planned or compiled says so when it is launched.
             for item in items[first : first + batch]:

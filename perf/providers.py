@@ -67,7 +67,8 @@ def build(provider: str, case: Case, weights: dict[str, Tensor], device: str) ->
         kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[case.cell]
     layer = kind(case.hidden, case.hidden, case.layers, **options)
     layer.load_state_dict(weights)
-    return layer
+    # cuDNN takes the training flag, not autograd's, for whether to keep what backward needs.
+    return layer.train(case.mode == "fwdbwd")
 
 
 def inputs(case: Case, device: str, seed: int = 1) -> tuple[Tensor, Tensor]:

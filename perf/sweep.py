@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from .providers import DTYPES, PROVIDERS, Case, kernels
 KEY = ("cell", "dtype", "mode", "layers", "bidirectional", "batch", "hidden", "seq", "engine", "provider")
 FIELDS = (
     *KEY,
-    "status",  # ok; failed (numerics); refused (no such plan); error
+    "status",  # ok; loose (torch.nn's numerics, timed all the same); failed (numerics); refused (no such plan); error
     "median_ms", "p20_ms", "p80_ms", "rounds",
     "us_per_step",  # median / T / layers
     "ratio",  # torch.nn's median over this one: above 1 is faster than torch.nn
@@ -49,7 +50,7 @@ DEFAULTS = {
 
 
 #: Cases whose kernels are compiled at a time, before the first of them runs.
-BATCH = 16
+BATCH = 8
 
 
 class DeviceLostError(RuntimeError):
@@ -102,12 +103,15 @@ def telling() -> list[Case]:
     """What says most about a GPU, first: gpu-check walks down this list until its time is up."""
     # cell, dtype, batch, hidden, sequence, layers, both directions
     shapes: list[tuple[Any, ...]] = [
+        # Where cuDNN is strongest: fp16 or bf16, one layer, batches of 8s, 128s of hidden units.
         ("lstm", "bf16", 16, 1024, 512),
+        ("lstm", "fp16", 16, 1024, 512),
         ("lstm", "fp16", 16, 768, 1024),
         ("lstm", "bf16", 16, 768, 1024),
         ("gru", "bf16", 16, 1024, 512),
-        ("lstm", "fp16", 16, 1024, 512),
+        ("gru", "fp16", 16, 1024, 512),
         ("lstm", "bf16", 64, 512, 512),
+        ("lstm", "fp16", 64, 512, 512),
         ("lstm", "bf16", 16, 128, 512),
         ("lstm", "bf16", 16, 256, 512),
         ("rnn", "bf16", 16, 1024, 512),
@@ -127,7 +131,7 @@ def telling() -> list[Case]:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the sweep; 0 if every result passed its numerics, 1 if any did not, DEVICE_LOST if the device went away."""
+    """Run the sweep; 0 if all of ours passed their numerics, 1 if any did not, DEVICE_LOST if the device went away."""
     import torch
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -144,11 +148,11 @@ def main(options: argparse.Namespace) -> int:
     rows = table.Rows(options.out / "sweep.csv", FIELDS, resume=options.resume)
     environment.write(found, options.out)
 
-    deadline = None if options.minutes is None else time.monotonic() + options.minutes * 60
+    deadline = math.inf if options.minutes is None else time.monotonic() + options.minutes * 60
     judge = Judge(device, options.seconds)
 
     def prepare(todo: list[Case]) -> Iterable[Case]:
-        return ahead(todo, lambda case: kernels(case, device), BATCH) if device == "cuda" else iter(todo)
+        return ahead(todo, lambda case: kernels(case, device), BATCH, deadline) if device == "cuda" else iter(todo)
 
     try:
         unreached = run(cases, providers, rows, found, judge, deadline=deadline, prepare=prepare)
@@ -162,12 +166,12 @@ def main(options: argparse.Namespace) -> int:
     print(text)
     if unreached:
         print(f"{unreached} of {len(cases)} cells were not reached in time; --resume goes on with them")
-    bad = [row for row in mine if row["status"] in ("failed", "error")]
-    for row in bad:
-        print(f"{row['status'].upper()}: {' '.join(row[name] for name in KEY)}: {row['detail']}")
+    for row in mine:
+        if row["status"] in ("failed", "error", "loose"):
+            print(f"{row['status'].upper()}: {' '.join(row[name] for name in KEY)}: {row['detail']}")
     if not engines_passed:
         print("FAILED: an engine in the interpreter")
-    return 0 if engines_passed and not bad and any(row["status"] == "ok" for row in mine) else 1
+    return 0 if engines_passed and not faults(mine) and any(row["median_ms"] for row in mine) else 1
 
 
 Judgement = Callable[[Case, list[str]], dict[str, dict[str, object]]]
@@ -180,7 +184,7 @@ def run(
     found: dict[str, object],
     judge: Judgement,
     *,
-    deadline: float | None = None,
+    deadline: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
     prepare: Callable[[list[Case]], Iterable[Case]] = iter,
 ) -> int:
@@ -194,11 +198,11 @@ def run(
     attempts = marker.read_text().splitlines() if rows.resumed and marker.exists() else []
     done = {tuple(row[name] for name in KEY) for row in current(rows.rows, found)}
     todo = [case for case in cases if any(_key(case, name) not in done for name in providers)]
-    longest = 0.0
-    for i, case in enumerate(table.progress(prepare(todo), len(todo), "sweep")):
+    longest, judged = 0.0, 0
+    for case in table.progress(prepare(todo), len(todo), "sweep"):
         started = clock()
-        if deadline is not None and started + longest > deadline:
-            return len(todo) - i
+        if started + longest > deadline:
+            break
         before = [line for line in attempts if line == str(case)]
         if len(before) < 2:
             marker.write_text("\n".join([*before, str(case)]))
@@ -210,8 +214,13 @@ def run(
         marker.unlink(missing_ok=True)
         if lost:
             raise DeviceLostError(lost[0])
-        longest = max(longest, clock() - started)
-    return 0
+        longest, judged = max(longest, clock() - started), judged + 1
+    return len(todo) - judged
+
+
+def faults(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of ours that are wrong or raised; what torch.nn does is reported, not judged."""
+    return [row for row in rows if row["provider"] == "ours" and row["status"] in ("failed", "error")]
 
 
 def current(rows: list[dict[str, str]], found: dict[str, object]) -> list[dict[str, str]]:

@@ -76,4 +76,6 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
             if done * 10 // total > (done - 1) * 10 // total:
                 print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
     else:
-        yield from tqdm(items, total=total, desc=what, file=sys.stderr, dynamic_ncols=True)
+        # In a log each state of the bar is a line's worth.
+        interval = 0.5 if sys.stderr.isatty() else 15
+        yield from tqdm(items, total=total, desc=what, file=sys.stderr, dynamic_ncols=True, mininterval=interval)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,15 @@ def test_ahead_yields_everything_in_order_whatever_cannot_be_planned() -> None:
     yielded = precompile.ahead([0, 1, 2], kernels, batch=2)
     assert next(yielded) == 0 and asked == [0, 1]
     assert [*yielded] == [1, 2] and asked == [0, 1, 2]
+
+
+def test_ahead_begins_no_batch_after_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(precompile, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    yielded = precompile.ahead([0, 1, 2, 3], lambda item: [], 2, deadline=5.0)
+    assert next(yielded) == 0
+    now[0] = 6.0
+    assert list(yielded) == [1]
 
 
 @pytest.mark.native

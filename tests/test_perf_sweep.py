@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import importlib.metadata
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lstm_triton.perf import environment, judge, sweep, table
+from lstm_triton.perf import environment, judge, numerics, providers, sweep, table, timing
 from lstm_triton.perf.providers import Case, oracle
+
+import lstm_triton
 
 FOUND = dict.fromkeys(environment.COLUMNS, "recorded") | {"commit": "abc", "source": "123"}
 CASES = [Case("lstm", "fp32", mode, batch, 8, 4) for batch in (1, 2, 3) for mode in ("fwd", "fwdbwd")]
@@ -109,6 +113,11 @@ def test_stops_before_a_case_that_would_not_end_in_time(tmp_path: Path) -> None:
     assert now[0] == 30.0
 
 
+def test_cases_that_were_never_prepared_count_as_unreached(tmp_path: Path) -> None:
+    rows = rows_at(tmp_path, resume=False)
+    assert sweep.run(CASES, BOTH, rows, FOUND, Judge(), prepare=lambda todo: iter(todo[:2])) == len(CASES) - 2
+
+
 def wrong_build(how: str):
     """A provider "ours" that is torch.nn with one weight changed."""
 
@@ -121,6 +130,81 @@ def wrong_build(how: str):
         return layer
 
     return build
+
+
+@pytest.mark.parametrize(("mode", "training"), [("fwd", False), ("fwdbwd", True)])
+@pytest.mark.parametrize("provider", BOTH)
+def test_inference_is_in_eval_mode(provider: str, mode: str, training: bool) -> None:
+    case = Case("lstm", "fp32", mode, 2, 8, 5)
+    assert providers.build(provider, case, oracle(case).state_dict(), "cpu").training is training
+
+
+def test_torch_out_of_tolerance_is_timed_and_does_not_fail_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(provider: str, case: Case, weights: dict[str, torch.Tensor], device: str) -> torch.nn.Module:
+        return wrong_build("off")("ours" if provider == "torch" else "torch", case, weights, device)
+
+    monkeypatch.setattr(judge, "build", build)
+    verdicts = judge.Judge("cpu", seconds=0.01)(Case("lstm", "fp32", "fwd", 2, 8, 5), BOTH)
+    assert verdicts["torch"]["status"] == "loose" and "allowed" in verdicts["torch"]["detail"]
+    assert float(verdicts["torch"]["median_ms"]) > 0 and float(verdicts["ours"]["ratio"]) > 0
+    rows = [{"provider": name, "status": str(verdict["status"])} for name, verdict in verdicts.items()]
+    assert sweep.faults(rows) == []
+    assert sweep.faults([row | {"status": "failed"} for row in rows]) == [{"provider": "ours", "status": "failed"}]
+
+
+def test_numerics_run_where_a_timed_out_wait_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*arguments: object) -> dict[str, torch.Tensor]:
+        seen.append((torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()))
+        return {"y": torch.ones(1)}
+
+    monkeypatch.setattr(numerics, "call", spy)
+    monkeypatch.setattr(numerics, "expected", numerics.expected.__wrapped__)
+    numerics.check_engine(numerics.Problem("gru", "resident", "fp32", 2, 1, 4, 4), "cpu")
+    assert len(seen) > 1 and set(seen) == {(True, False)}
+    assert not torch.is_anomaly_enabled()
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+def test_poison_is_nan_in_every_dtype(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = []
+
+    def full(size: int, value: int, **options: object) -> None:
+        blocks.append(torch.tensor([value] * 8, dtype=options["dtype"]))
+
+    monkeypatch.setattr(torch, "full", lambda size, value, **options: full(size[0], value, **options))
+    numerics.poison_free_memory("cuda")
+    assert blocks and all(block.view(numerics.DTYPES[dtype]).isnan().all() for block in blocks)
+
+
+def test_on_a_gpu_the_host_gets_ahead_before_the_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1.5
+
+    class Flush:
+        def zero_(self) -> None:
+            log.append("flush")
+
+    cuda = SimpleNamespace(
+        get_device_properties=lambda index: SimpleNamespace(L2_cache_size=1 << 20),
+        Event=Event,
+        _sleep=lambda clocks: log.append("sleep"),
+        synchronize=lambda: log.append("synchronize"),
+    )
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda, empty=lambda *_, **__: Flush(), int8=torch.int8))
+    assert timing._cuda_timer()([lambda: log.append("a"), lambda: log.append("b")]) == [1.5, 1.5]
+    once = ["flush", "sleep", "event", "a", "event"]
+    assert log == [*once, *(name.replace("a", "b") if name == "a" else name for name in once), "synchronize"]
 
 
 @pytest.mark.parametrize("how", ["off", "nan"])
@@ -149,10 +233,9 @@ def test_provider_that_raises_leaves_the_other_its_time(monkeypatch: pytest.Monk
 def test_telling_cases_are_distinct_and_begin_with_the_anchor_shapes() -> None:
     cases = sweep.telling()
     assert len(cases) == len(set(cases))
-    assert [str(case) for case in cases[:3]] == [
-        "lstm bf16 fwd B=16 H=1024 T=512",
-        "lstm bf16 fwdbwd B=16 H=1024 T=512",
-        "lstm fp16 fwd B=16 H=768 T=1024",
+    shapes = ("B=16 H=1024 T=512", ("bf16", "fp16")), ("B=16 H=768 T=1024", ("fp16", "bf16"))
+    assert [str(case) for case in cases[:8]] == [
+        f"lstm {dtype} {mode} {shape}" for shape, dtypes in shapes for dtype in dtypes for mode in ("fwd", "fwdbwd")
     ]
 
 
@@ -208,9 +291,14 @@ def test_progress_without_tqdm_yields_everything(
     assert capsys.readouterr().err.splitlines()[-1] == "sweep: 20 of 20"
 
 
-def test_environment_is_recorded(tmp_path: Path) -> None:
+def test_environment_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
     found = environment.collect("cpu")
     assert set(environment.COLUMNS) <= found.keys()
+    assert found["lstm_triton"] == lstm_triton.__version__
     assert found["torch"] == torch.__version__ and len(str(found["source"])) == 12
     environment.write(found, tmp_path)
     assert json.loads((tmp_path / "environment.json").read_text()) == found
