@@ -1,1 +1,1 @@
-"""Device code. Imports triton only. Read in this order: activations, cells, sync, sequence."""
+"""Device code. Imports triton only. Read in this order: activations, cells, sync, product, sequence."""
