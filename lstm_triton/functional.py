@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import launch, ops, reference
-from .planner import DTYPES, ENGINES, LaunchPlan, check_tile, device_named, make_plan
+from .devices import device_named
+from .planner import DTYPES, ENGINES, LaunchPlan, check_tile, make_plan
 from .spec import LATER, Activation, CellSpec, refuse_later_options
 
 

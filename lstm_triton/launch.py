@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from .devices import INTERPRETER, Device, device_like
 from .kernels import cells, sequence, sync
-from .planner import INTERPRETER, Device, KernelPlan, LaunchPlan, device_like
+from .planner import KernelPlan, LaunchPlan
 from .spec import CellSpec
 
 #: True where TRITON_INTERPRET=1 was set when triton was imported: kernels run on the CPU, one program after another.

@@ -6,15 +6,13 @@ schedules; the constants it needs are in tuned/*.json, one file for each GPU.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from importlib.resources import files
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
+from .devices import INTERPRETER, Device
 from .spec import CellSpec
 
 ENGINES = ("local", "resident", "streamed", "step")
@@ -27,81 +25,6 @@ MAX_COUNTED_PROGRAMS = 1 << 10
 
 #: A local program's tiles of hidden units: its product is unrolled over their square.
 MAX_LOCAL_TILES = 8
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the model knows of a GPU. Times in us, rates per SM and clock."""
-
-    name: str
-    capability: int
-    sms: int
-    shared_per_program: int
-    shared_per_sm: int
-    registers_per_sm: int
-    clock_ghz: float
-    l2_round_trip_us: float
-    l2_bytes_per_clock: float
-    launch_us: float
-    flops_half: float
-    flops_tf32: float
-    flops_fp32: float
-    flops_fp64: float
-
-    @property
-    def fp64_matrix_products(self) -> bool:
-        """Whether Triton has matrix instructions for fp64 there; elsewhere such products are scalar."""
-        return self.capability in (80, 90)
-
-    def occupancy(self, num_warps: int, shared_bytes: int) -> int:
-        """Programs that one SM surely holds at once, with as many registers as a thread can have."""
-        by_registers = self.registers_per_sm // (num_warps * 32 * 256)
-        by_shared = self.shared_per_sm // (shared_bytes + 1024)
-        return min(by_registers, by_shared)
-
-
-@cache
-def devices() -> dict[str, Device]:
-    """The GPUs with a file in tuned/, by name."""
-    found = []
-    for path in sorted(files(__package__).joinpath("tuned").iterdir(), key=lambda p: p.name):
-        if path.name.endswith(".json"):
-            entry = json.loads(path.read_text())
-            entry.pop("source")
-            rates = {f"flops_{kind}": rate for kind, rate in entry.pop("flops_per_clock").items()}
-            found.append(Device(**entry, **rates))
-    return {device.name: device for device in found}
-
-
-#: Stands for Triton's interpreter: programs cost nothing and any number of them is there.
-INTERPRETER = replace(devices()["H200"], name="interpreter", sms=1 << 20, shared_per_program=1 << 30)
-
-
-def device_named(target: str) -> Device:
-    """The device called "H200", "nvidia h200", ... or a representative of "sm_90" (ValueError for any other name)."""
-    if not isinstance(target, str):
-        raise TypeError(f"target must be the name of a GPU, got {type(target).__name__}")
-    wanted = target.lower().replace("_", " ")
-    for device in devices().values():
-        if re.search(rf"\b{device.name.lower()}\b", wanted) or wanted == f"sm {device.capability}":
-            return device
-    raise ValueError(f"target must be one of {', '.join(devices())} or sm_80, sm_89, sm_90, sm_100, got {target!r}")
-
-
-def device_like(name: str, capability: int, sms: int, shared_per_program: int, shared_per_sm: int) -> Device:
-    """The device of that name or, for a GPU without a file, the nearest one known by capability, with its own sizes."""
-    try:
-        known = device_named(name)
-    except ValueError:
-        known = min(devices().values(), key=lambda d: abs(d.capability - capability))
-    return replace(
-        known,
-        name=name,
-        capability=capability,
-        sms=sms,
-        shared_per_program=shared_per_program,
-        shared_per_sm=shared_per_sm,
-    )
 
 
 @dataclass(frozen=True)
@@ -206,9 +129,11 @@ def make_plan(
     if engine == "auto" and device is INTERPRETER:
         engine = "step"
     precision = precision if dtype == torch.float32 else "ieee"
-    problem = (max(B, 1), H, dtype, device, engine, tile, precision, T <= MAX_COUNTED_STEPS)
-    forward, why_forward = _choose(spec, "forward", *problem)
-    backward, why_backward = _choose(spec, "backward", *problem)
+    countable = T <= MAX_COUNTED_STEPS
+    (forward, why_forward), (backward, why_backward) = (
+        _choose(_Problem(spec, direction, max(B, 1), H, dtype, device, precision, countable), engine, tile)
+        for direction in DIRECTIONS
+    )
     return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward)
 
 
@@ -222,42 +147,67 @@ def check_tile(tile: tuple[int, int]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What one kernel has to do, and where."""
+
+    spec: CellSpec
+    direction: str
+    B: int
+    H: int
+    dtype: torch.dtype
+    device: Device
+    precision: str
+    countable: bool  # few enough steps to be counted
+
+    @property
+    def forward(self) -> bool:
+        return self.direction == "forward"
+
+    @property
+    def k(self) -> int:
+        """Depth of the recurrent product."""
+        return self.H if self.forward else self.spec.gates * self.H
+
+    @property
+    def columns(self) -> int:
+        """Columns of the product for each hidden unit."""
+        return _pow2(self.spec.gates) if self.forward else 1
+
+    @property
+    def kind(self) -> str:
+        """Of arithmetic: half, tf32, fp32 or fp64."""
+        single = "fp32" if self.precision == "ieee" else "tf32"
+        return {torch.float64: "fp64", torch.float32: single}.get(self.dtype, "half")
+
+    @property
+    def scalar(self) -> bool:
+        """No matrix instructions for it there."""
+        return self.kind == "fp32" or (self.kind == "fp64" and not self.device.fp64_matrix_products)
+
+
 @lru_cache(maxsize=4096)
-def _choose(
-    spec: CellSpec,
-    direction: str,
-    B: int,
-    H: int,
-    dtype: torch.dtype,
-    device: Device,
-    engine: str,
-    tile: tuple[int, int] | None,
-    precision: str,
-    countable: bool,
-) -> tuple[KernelPlan, tuple[str, ...]]:
+def _choose(problem: _Problem, engine: str, tile: tuple[int, int] | None) -> tuple[KernelPlan, tuple[str, ...]]:
+    """The cheapest candidate, and in words what became of the other engines."""
     best: dict[str, KernelPlan] = {}
     reasons: dict[str, str] = {}
     for name in ENGINES if engine == "auto" else (engine,):
-        for block_b, block_h in _tiles(name, B, H, tile):
-            plan = _schedule(name, direction, spec, B, H, block_b, block_h, dtype, device, precision, countable)
+        for block_b, block_h in [tile] if tile else _tiles(name, problem.B, problem.H):
+            plan = _schedule(problem, name, block_b, block_h)
             if isinstance(plan, str):
                 reasons.setdefault(name, plan)
             elif name not in best or plan.step_us < best[name].step_us:
                 best[name] = plan
     if not best:
-        raise ValueError(
-            f"engine={engine!r} cannot run {spec.cell} with B={B}, H={H} on {device.name}: {reasons[name]}"
-        )
+        what = f"{problem.spec.cell} with B={problem.B}, H={problem.H} on {problem.device.name}"
+        raise ValueError(f"engine={engine!r} cannot run {what}: {reasons[name]}")
     chosen = min(best.values(), key=lambda plan: plan.step_us)
     others = [f"{name} {plan.step_us:.2f} us a step" for name, plan in best.items() if plan is not chosen]
     others += [f"{name} not possible: {reason}" for name, reason in reasons.items() if name not in best]
-    return chosen, (f"{direction}, the other engines: {'; '.join(others)}",) if others else ()
+    return chosen, (f"{problem.direction}, the other engines: {'; '.join(others)}",) if others else ()
 
 
-def _tiles(engine: str, B: int, H: int, tile: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
-    if tile is not None:
-        yield tile
-        return
+def _tiles(engine: str, B: int, H: int) -> Iterator[tuple[int, int]]:
     for block_b in (16, 32, 64, 128):
         if block_b > 16 and block_b >= 2 * B:
             continue  # half of the rows or more would be empty
@@ -268,36 +218,19 @@ def _tiles(engine: str, B: int, H: int, tile: tuple[int, int] | None) -> Iterato
                 yield block_b, block_h
 
 
-def _schedule(
-    engine: str,
-    direction: str,
-    spec: CellSpec,
-    B: int,
-    H: int,
-    block_b: int,
-    block_h: int,
-    dtype: torch.dtype,
-    device: Device,
-    precision: str,
-    countable: bool,
-) -> KernelPlan | str:
+def _schedule(problem: _Problem, engine: str, block_b: int, block_h: int) -> KernelPlan | str:
     """One candidate with its cost, or in words why it cannot run."""
-    forward, local = direction == "forward", engine == "local"
-    k = H if forward else spec.gates * H
-    n = block_h * (_pow2(spec.gates) if forward else 1)  # columns of the product for a tile of units
+    B, H, k, device, itemsize = problem.B, problem.H, problem.k, problem.device, problem.dtype.itemsize
+    local = engine == "local"
+    n = block_h * problem.columns
     n_b = _ceil(B, block_b)
     n_h = 1 if local else _ceil(H, block_h)
     tiles = _ceil(H, block_h) if local else 1
     if tiles > MAX_LOCAL_TILES:
         return f"H={H} in tiles of {block_h} is {tiles} tiles a program, more than {MAX_LOCAL_TILES}: raise block_h"
-    kind = {torch.float64: "fp64", torch.float32: "fp32" if precision == "ieee" else "tf32"}.get(dtype, "half")
-    itemsize = dtype.itemsize
-    scalar = kind == "fp32" or (kind == "fp64" and not device.fp64_matrix_products)
-    block_k, split_k, stages, num_warps = _product(
-        engine, forward, scalar, itemsize, block_b, block_h, tiles, n, k, device.shared_per_program
-    )
+    block_k, split_k, stages, num_warps = _product(problem, engine, block_b, block_h, tiles)
     if device is not INTERPRETER:
-        too_large = _registers(engine, kind, scalar, block_b, block_h, tiles, n, H, split_k, num_warps * 32)
+        too_large = _registers(problem, engine, block_b, block_h, tiles, split_k, num_warps * 32)
         if too_large:
             return f"with tile {block_b}x{block_h} {too_large}"
 
@@ -322,17 +255,17 @@ def _schedule(
     at_once = n_b
     capacity = 1 << 30 if device is INTERPRETER else device.sms * device.occupancy(num_warps, shared)
     if engine in ("resident", "streamed"):
-        if not countable or n_h >= MAX_COUNTED_PROGRAMS:
+        if not problem.countable or n_h >= MAX_COUNTED_PROGRAMS:
             return f"more than {MAX_COUNTED_STEPS} steps or {MAX_COUNTED_PROGRAMS} programs a group cannot be counted"
         if n_h > capacity:
             return f"with tile {block_b}x{block_h} a group is {n_h} programs, and only {capacity} surely run at once"
         at_once = min(n_b, capacity // n_h)
     waves = _ceil(n_b, at_once) if at_once < n_b else _ceil(n_b * n_h, capacity)
     sharing = max(1.0, min(at_once * n_h, capacity) / device.sms)  # programs that share one SM
-    parts = _step_parts(engine, device, kind, itemsize, block_b, n, k, tiles, resident, waves, sharing)
+    parts = _step_parts(problem, engine, block_b, n * tiles, tiles, resident, waves, sharing)
     return KernelPlan(
         engine=engine,
-        direction=direction,
+        direction=problem.direction,
         block_b=block_b,
         block_h=block_h,
         tiles=tiles,
@@ -351,37 +284,27 @@ def _schedule(
     )
 
 
-def _product(
-    engine: str,
-    forward: bool,
-    scalar: bool,
-    itemsize: int,
-    block_b: int,
-    block_h: int,
-    tiles: int,
-    n: int,
-    k: int,
-    shared: int,
-) -> tuple[int, int, int, int]:
+def _product(problem: _Problem, engine: str, block_b: int, block_h: int, tiles: int) -> tuple[int, int, int, int]:
     """K tile, K slices, pipeline stages and warps of the gate product.
 
     Chosen by reading registers, spills and instructions of the compiled kernels (python -m lstm_triton.perf resources):
     16 rows are one matrix instruction high, so a slice of K goes to each warp; from 32 rows on a plain product has no
     redundant work, but from 64 on it needs its operands streamed.
     """
+    n, itemsize, shared = block_h * problem.columns, problem.dtype.itemsize, problem.device.shared_per_program
     if engine == "local":
         # Forward's product is wide enough for all warps; backward's is deep, so its K is sliced.
-        split_k = 1 if forward or scalar else max(1, min(4, block_h // 16))
+        split_k = 1 if problem.forward or problem.scalar else max(1, min(4, block_h // 16))
         return block_h, split_k, 1, 8 if block_b * block_h * tiles > 1024 else 4
-    if scalar:  # FMA on operands in registers, and a short K tile, since it is unrolled
-        return 32 if k >= 32 else 16, 1, 2, 8 if block_b * n * itemsize > 2048 else 4
+    if problem.scalar:  # FMA on operands in registers, and a short K tile, since it is unrolled
+        return 32 if problem.k >= 32 else 16, 1, 2, 8 if block_b * n * itemsize > 2048 else 4
     if block_b == 16:
         block_k, split_k, num_warps = 1024 // itemsize, 4, 4
     elif block_b == 32 and n < 32:
         block_k, split_k, num_warps = 1024 // itemsize, 4, 8
     else:
         block_k, split_k, num_warps = 128 // itemsize if block_b > 32 else 256 // itemsize, 1, 8
-    block_k = min(block_k, max(16, _pow2(k)))
+    block_k = min(block_k, max(16, _pow2(problem.k)))
     stages = 3 if shared > 128 << 10 else 2
     if engine != "resident":
         while stages * block_k * (n + block_b) * itemsize > shared // 2 and block_k > 64:
@@ -390,50 +313,33 @@ def _product(
 
 
 def _registers(
-    engine: str,
-    kind: str,
-    scalar: bool,
-    block_b: int,
-    block_h: int,
-    tiles: int,
-    n: int,
-    H: int,
-    split_k: int,
-    threads: int,
+    problem: _Problem, engine: str, block_b: int, block_h: int, tiles: int, split_k: int, threads: int
 ) -> str:
     """What would not fit the registers, by the same reading; empty where all does."""
+    kind, scalar = problem.kind, problem.scalar
     narrow = kind != "half" if engine == "local" else split_k > 1 or kind == "fp64"
     held = 4 if narrow else 8  # of each of the cell's tiles, values in a thread
     if block_b * block_h * tiles > threads * held:
         return "the cell's tiles would not fit the registers"
-    if scalar and (engine == "resident" or (engine == "local" and H > 32)):
+    if scalar and (engine == "resident" or (engine == "local" and problem.H > 32)):
         return (
             f"{kind} products are scalar, and unrolled would not fit the registers: allow TF32, or stream the weights"
         )
-    if scalar and block_b * n > threads * (2 if kind == "fp64" else 4):
+    if scalar and block_b * block_h * problem.columns > threads * (2 if kind == "fp64" else 4):
         return f"the scalar {kind} products would not fit the registers"
     return ""
 
 
 def _step_parts(
-    engine: str,
-    device: Device,
-    kind: str,
-    itemsize: int,
-    block_b: int,
-    n: int,
-    k: int,
-    tiles: int,
-    resident: bool,
-    waves: int,
-    sharing: float,
+    problem: _Problem, engine: str, block_b: int, n: int, tiles: int, resident: bool, waves: int, sharing: float
 ) -> tuple[tuple[str, float], ...]:
     """The model: us of one step by cause. To wait is a store, a fence and add, and a poll: an L2 round trip each."""
+    device, k, itemsize = problem.device, problem.k, problem.dtype.itemsize
     cycles_per_us = device.clock_ghz * 1e3
-    rate = getattr(device, f"flops_{kind}")
-    if kind != "fp32" and block_b < 64:
+    rate = getattr(device, f"flops_{problem.kind}")
+    if problem.kind != "fp32" and block_b < 64:
         rate /= 2  # small tiles use the older matrix instructions
-    weights = k * n * tiles * itemsize
+    weights = k * n * itemsize
     shared_bytes_per_clock = 128
     parts = {}
     if engine == "step":
@@ -443,8 +349,8 @@ def _step_parts(
     if engine != "local":
         parts["rows"] = block_b * k * itemsize / device.l2_bytes_per_clock / cycles_per_us
     parts["weights"] = weights / (shared_bytes_per_clock if resident else device.l2_bytes_per_clock) / cycles_per_us
-    parts["product"] = 2 * block_b * k * n * tiles / rate / cycles_per_us
-    parts["cell"] = (300 + 300 * tiles + block_b * n * tiles / 4) / cycles_per_us
+    parts["product"] = 2 * block_b * k * n / rate / cycles_per_us
+    parts["cell"] = (300 + 300 * tiles + block_b * n / 4) / cycles_per_us
     return tuple((name, us * waves * (1 if name in ("wait", "launch") else sharing)) for name, us in parts.items())
 
 

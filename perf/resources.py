@@ -164,7 +164,8 @@ Job = tuple["LaunchPlan", str]
 
 def plans(options: argparse.Namespace) -> tuple[list[Job], list[str]]:
     """Every plan and direction of the grid, and a line for each that the planner refuses."""
-    from lstm_triton.planner import device_named, make_plan
+    from lstm_triton.devices import device_named
+    from lstm_triton.planner import make_plan
     from lstm_triton.spec import CellSpec
 
     targets = [device_named(name) for name in split(options.target)]

@@ -12,7 +12,7 @@ import torch
 import triton
 
 import lstm_triton as lt
-from lstm_triton import launch, planner
+from lstm_triton import devices, launch, planner
 from lstm_triton.spec import CellSpec
 
 # cell, device, dtype, engine: every cell, engine, dtype and target once at least
@@ -28,7 +28,7 @@ SHAPE = {"local": 64, "resident": 512, "streamed": 512, "step": 256}
 
 def compile_plans() -> None:
     for cell, device, dtype, engine in PLANS:
-        plan = planner.make_plan(CellSpec(cell), 32, 16, SHAPE[engine], dtype, planner.devices()[device], engine=engine)
+        plan = planner.make_plan(CellSpec(cell), 32, 16, SHAPE[engine], dtype, devices.devices()[device], engine=engine)
         for direction in ("forward", "backward"):
             kernel = launch.compile_ahead(plan, direction)
             assert kernel.asm["cubin"], plan.label

@@ -17,11 +17,12 @@ FOLDERS = {f"{PACKAGE}.kernels": ROOT / "kernels", PACKAGE: ROOT / PACKAGE, f"{P
 # what each module of the package may import of the package; kernels are one unit
 ALLOWED = {
     "spec": set(),
-    "planner": {"spec"},
+    "devices": set(),
+    "planner": {"spec", "devices"},
     "reference": {"spec"},
-    "launch": {"spec", "planner", "kernels"},
+    "launch": {"spec", "devices", "planner", "kernels"},
     "ops": {"spec", "planner", "reference", "launch"},
-    "functional": {"spec", "planner", "reference", "launch", "ops"},
+    "functional": {"spec", "devices", "planner", "reference", "launch", "ops"},
     "modules": {"spec", "functional"},
     "__init__": {"spec", "planner", "reference", "functional", "modules"},
 }

@@ -11,7 +11,8 @@ import pytest
 import torch
 from lstm_triton.perf import resources
 
-from lstm_triton.planner import ENGINES, LaunchPlan, devices, make_plan
+from lstm_triton.devices import devices
+from lstm_triton.planner import ENGINES, LaunchPlan, make_plan
 from lstm_triton.spec import CellSpec
 
 pytestmark = pytest.mark.native

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from numerics import CELLS, ENGINES, TOLERANCE, differentiate, problem, relative
 
 import lstm_triton as lt
 from lstm_triton import launch
-from lstm_triton.planner import INTERPRETER, make_plan
+from lstm_triton.devices import INTERPRETER, Device
+from lstm_triton.planner import make_plan
 from lstm_triton.spec import CellSpec
 
 SHAPES = [(5, 3, 40), (1, 1, 1), (7, 17, 72), (2, 33, 24)]
@@ -74,10 +76,8 @@ def test_large_k_takes_several_tiles() -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_groups_in_several_launches(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where not all groups fit on the GPU at once, the rest come in further launches."""
-    from lstm_triton import planner
-
-    small = planner.replace(planner.INTERPRETER, sms=3)
-    monkeypatch.setattr(planner.Device, "occupancy", lambda *_: 1)
+    small = replace(INTERPRETER, sms=3)
+    monkeypatch.setattr(Device, "occupancy", lambda *_: 1)
     monkeypatch.setattr(lt.functional.launch, "device_of", lambda _: small)
     for engine in ("resident", "streamed", "local"):
         inputs = problem(cell, 3, 40, 20)

@@ -15,7 +15,8 @@ import torch
 from lstm_triton.perf import precompile, resources, table
 from lstm_triton.perf.ptx import ptx_order
 
-from lstm_triton.planner import LaunchPlan, device_named, make_plan
+from lstm_triton.devices import device_named
+from lstm_triton.planner import LaunchPlan, make_plan
 from lstm_triton.spec import CellSpec
 
 

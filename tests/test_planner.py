@@ -10,7 +10,8 @@ import torch
 from numerics import CELLS, problem
 
 import lstm_triton as lt
-from lstm_triton.planner import DTYPES, ENGINES, device_like, device_named, devices, make_plan
+from lstm_triton.devices import device_like, device_named, devices
+from lstm_triton.planner import DTYPES, ENGINES, make_plan
 from lstm_triton.spec import CellSpec
 
 ALL = list(itertools.product(devices().values(), CELLS, DTYPES, ("tf32", "ieee")))
