@@ -74,7 +74,7 @@ def saves(spec: CellSpec) -> tuple[bool, bool]:
 
 def device_of(tensor: Tensor) -> Device:
     """The planner's view of the device that holds `tensor`."""
-    return INTERPRETER if tensor.device.type != "cuda" else _cuda_device(tensor.device.index or 0)
+    return _cuda_device(tensor.device.index or 0) if tensor.is_cuda and not INTERPRETED else INTERPRETER
 
 
 @cache
