@@ -379,8 +379,23 @@ def test_later_options_at_their_defaults_are_taken(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", PAIRS)
-def test_engine_is_handed_on(cell: str) -> None:
-    layer = PAIRS[cell][0](I, H, engine="treadmill")
-    assert "engine=treadmill" in repr(layer)
-    with pytest.raises(ValueError, match="treadmill"):
-        layer(torch.zeros(T, B, I))
+def test_engine_is_handed_on(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PAIRS[cell][0](I, H, engine="reference")
+    assert "engine=reference" in repr(layer)
+    handed = []
+    function = getattr(lt.functional, cell.lower())
+    monkeypatch.setattr(
+        lt.functional,
+        cell.lower(),
+        lambda *args, **options: handed.append(options["engine"]) or function(*args, **options),
+    )
+    layer(torch.zeros(T, B, I))
+    assert handed == ["reference"]
+    with pytest.raises(ValueError, match=r"engine must be one of 'auto'.*got 'treadmill'"):
+        PAIRS[cell][0](I, H, engine="treadmill")
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_lstm_takes_two_states(bad: int) -> None:
+    with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+        lt.LSTM(I, H)(torch.zeros(T, B, I), (torch.zeros(1, B, H),) * bad)
