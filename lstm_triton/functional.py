@@ -138,7 +138,9 @@ def _run(
     _check(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, engine, tile)
     if type(reverse) is not bool:
         raise TypeError(f"reverse must be True or False, got {reverse!r}")
-    if engine == "reference":
+    # Traced, ATen's CPU layers become this very loop, but in inference an oneDNN operator that inductor miscompiles.
+    traced_on_cpu = engine == "auto" and torch.compiler.is_compiling() and not _on_kernels(x)
+    if engine == "reference" or traced_on_cpu:
         states = (h0, c0) if spec.cell == "lstm" else (h0,)
         function = getattr(reference, spec.cell)
         return function(x, *states, w_ih, w_hh, b_ih, b_hh, activation=spec.activation, reverse=reverse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import warnings
 from dataclasses import dataclass
 from itertools import chain, product
@@ -399,3 +400,22 @@ def test_engine_is_handed_on(cell: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_lstm_takes_two_states(bad: int) -> None:
     with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
         lt.LSTM(I, H)(torch.zeros(T, B, I), (torch.zeros(1, B, H),) * bad)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("cell", PAIRS)
+def test_traced_on_the_cpu_as_plain_operations(cell: str) -> None:
+    """Not as ATen's layer, which inductor turns into an oneDNN operator and miscompiles in inference."""
+    layer = PAIRS[cell][0](I, H).eval()
+    called = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    x = torch.randn(T, B, I)
+    with torch.no_grad():
+        y, _ = torch.compile(layer, fullgraph=True, backend=backend)(x)
+        torch.testing.assert_close(y, layer(x)[0])
+    assert any("tanh" in name or "relu" in name for name in called)
+    assert not any(re.search(r"\b(lstm|gru|rnn_tanh|rnn_relu)\b", name) for name in called)
