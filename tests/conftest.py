@@ -66,6 +66,6 @@ def _interpreting() -> bool:
 def _fits(item: pytest.Item) -> bool:
     if item.get_closest_marker("gpu"):
         return False
-    if item.get_closest_marker("both"):
-        return True
-    return (item.get_closest_marker("native") is None) == _interpreting()
+    if item.get_closest_marker("native"):  # of one test, also where its file is marked `both`
+        return not _interpreting()
+    return _interpreting() or item.get_closest_marker("both") is not None
