@@ -1,4 +1,4 @@
-"""`python -m lstm_triton.perf sweep | gpu-check | resources`."""
+"""`python -m lstm_triton.perf <command>`: measure, check, compile, compare, report."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "sweep": "time ours against torch.nn (cuDNN) over cells, dtypes and sizes, numerics first",
-    "gpu-check": "on a GPU machine: tests and numerics first, then a timed sweep, within a time budget",
-    "resources": "compile the kernels for a GPU that need not be there; registers, spills, shared memory, instructions",
+    "sweep": "time ours against torch.nn (cuDNN) and others over cells, dtypes and sizes, numerics first",
+    "gpu-check": "on a GPU machine: tests, numerics and constants first, then a timed sweep, within a time budget",
+    "probe": "measure on a GPU the constants that the planner's model needs",
+    "tune": "search plans near the model's choice on a GPU and keep the winners",
+    "resources": "compile the kernels for a GPU that need not be there: registers, spills, the budget of a step",
+    "compare": "two result files, cell by cell; exit status 1 where something got worse",
+    "report": "figures and a page from result files",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m lstm_triton.perf", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
-        module = import_module(f".{name.replace('-', '_')}", __package__)
         command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.RawTextHelpFormatter)
-        module.add_arguments(command)
-        command.set_defaults(run=module.main)
+        if arguments[:1] == [name]:  # the others' modules stay unread
+            module = import_module(f".{name.replace('-', '_')}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.main)
     options = parser.parse_args(arguments)
     return options.run(options)
 
