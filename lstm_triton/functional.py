@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import launch, ops, reference
 from .devices import device_named
-from .planner import DTYPES, ENGINES, LaunchPlan, check_tile, make_plan
+from .planner import DTYPES, ENGINES, check_tile, make_plan
+from .plans import LaunchPlan
 from .spec import LATER, Activation, CellSpec, refuse_later_options
 
 

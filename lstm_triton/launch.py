@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .devices import INTERPRETER, Device, device_like
 from .kernels import cells, sequence, sync
-from .planner import KernelPlan, LaunchPlan
+from .plans import KernelPlan, LaunchPlan
 from .spec import CellSpec
 
 #: True where TRITON_INTERPRET=1 was set when triton was imported: kernels run on the CPU, one program after another.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .planner import LaunchPlan, make_plan
+from .planner import make_plan
+from .plans import LaunchPlan
 from .spec import CellSpec
 
 _library = torch.library.Library("lstm_triton", "DEF")

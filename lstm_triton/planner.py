@@ -7,12 +7,14 @@ schedules; the constants it needs are in tuned/*.json, one file for each GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
 
 import torch
 
+from . import costs, tuning
 from .devices import INTERPRETER, Device
+from .plans import KernelPlan, LaunchPlan
 from .spec import CellSpec
 
 ENGINES = ("local", "resident", "streamed", "step")
@@ -23,86 +25,11 @@ DIRECTIONS = ("forward", "backward")
 MAX_COUNTED_STEPS = 1 << 20
 MAX_COUNTED_PROGRAMS = 1 << 10
 
+#: K tiles of h or da on their way at any time, where the weights are on chip.
+AHEAD = 3
+
 #: A local program's tiles of hidden units: its product is unrolled over their square.
 MAX_LOCAL_TILES = 8
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """One of the two kernels, scheduled."""
-
-    engine: str
-    direction: str  # "forward" or "backward"
-    block_b: int  # rows of the batch a program owns
-    block_h: int  # hidden units a tile
-    tiles: int  # tiles a program owns; more than one in local alone
-    block_k: int  # K tile of the recurrent product
-    split_k: int  # slices of a K tile, one on each warp or pair of warps
-    ahead: int  # K tiles of h or da loaded ahead of their product, where the weights are resident
-    stages: int  # software pipeline of the K loop, where the weights are read at every step
-    num_warps: int
-    resident: bool  # W_hh is loaded once
-    n_b: int  # groups: ceil(B / block_b)
-    n_h: int  # programs a group
-    groups_at_once: int  # groups of one launch; n_b, unless waiting programs must all fit on the GPU
-    shared_bytes: int  # upper estimate
-    step_us: float  # the model's estimate for one time step
-    parts: tuple[tuple[str, float], ...]  # of step_us, by cause
-
-    @property
-    def grid(self) -> int:
-        """Programs of one launch."""
-        return self.groups_at_once * self.n_h
-
-    @property
-    def synchronised(self) -> bool:
-        """Programs wait for one another, so all of a launch must be on the GPU at once."""
-        return self.engine in ("resident", "streamed")
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """How one layer and direction would run: the forward kernel, the backward kernel, and why."""
-
-    spec: CellSpec
-    T: int
-    B: int
-    H: int
-    dtype: torch.dtype
-    device: Device
-    precision: str  # of fp32 products: "tf32" or "ieee"
-    forward: KernelPlan
-    backward: KernelPlan
-    others: tuple[str, ...]  # what else was considered, in words
-
-    @property
-    def engine(self) -> str:
-        return self.forward.engine
-
-    @property
-    def label(self) -> str:
-        """Short: engine and tile of both kernels."""
-        return " / ".join(f"{k.engine} {k.block_b}x{k.block_h * k.tiles}" for k in (self.forward, self.backward))
-
-    def explain(self) -> str:
-        """In words: what runs, what the model makes of it, and why not another engine."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        if self.dtype == torch.float32:
-            dtype += f" ({self.precision} products)"
-        lines = [f"{self.spec.cell}, T={self.T}, B={self.B}, H={self.H}, {dtype} on {self.device.name}"]
-        for kernel in (self.forward, self.backward):
-            where = "on chip for the whole sequence" if kernel.resident else "read again at every step"
-            parts = " + ".join(f"{us:.2f} {name}" for name, us in kernel.parts)
-            lines += [
-                f"{kernel.direction}: {kernel.engine}, {kernel.n_b} group(s) of {kernel.n_h} program(s), "
-                f"{kernel.groups_at_once} group(s) a launch, {kernel.num_warps} warps a program",
-                f"  a program owns {kernel.block_b} rows x {kernel.block_h * kernel.tiles} hidden units; "
-                f"its part of W_hh is {where}",
-                f"  product in K tiles of {kernel.block_k}, {kernel.split_k} slice(s) each; "
-                f"at most {kernel.shared_bytes / 1024:.0f} KiB of shared memory",
-                f"  estimated {kernel.step_us:.2f} us a step by the model, not measured: {parts}",
-            ]
-        return "\n".join([*lines, *self.others])
 
 
 def make_plan(
@@ -130,9 +57,12 @@ def make_plan(
         engine = "step"
     precision = precision if dtype == torch.float32 else "ieee"
     countable = T <= MAX_COUNTED_STEPS
+    problems = (
+        KernelProblem(spec, direction, max(B, 1), H, dtype, device, precision, countable) for direction in DIRECTIONS
+    )
     (forward, why_forward), (backward, why_backward) = (
-        _choose(_Problem(spec, direction, max(B, 1), H, dtype, device, precision, countable), engine, tile)
-        for direction in DIRECTIONS
+        _choose(problem, engine, tile, None if tile else tuning.lookup(device.family, problem.key))
+        for problem in problems
     )
     return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward)
 
@@ -148,7 +78,7 @@ def check_tile(tile: tuple[int, int]) -> None:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class KernelProblem:
     """What one kernel has to do, and where."""
 
     spec: CellSpec
@@ -185,10 +115,34 @@ class _Problem:
         """No matrix instructions for it there."""
         return self.kind == "fp32" or (self.kind == "fp64" and not self.device.fp64_matrix_products)
 
+    @property
+    def key(self) -> tuning.Key:
+        """Under which a tuned schedule for it is kept."""
+        return tuning.Key.of(self.spec.cell, self.spec.activation, self.direction, self.kind, self.H, self.B)
+
+
+@dataclass(frozen=True)
+class Product:
+    """How the gate product of one step is walked through."""
+
+    block_k: int
+    split_k: int
+    ahead: int
+    stages: int
+    num_warps: int
+
 
 @lru_cache(maxsize=4096)
-def _choose(problem: _Problem, engine: str, tile: tuple[int, int] | None) -> tuple[KernelPlan, tuple[str, ...]]:
-    """The cheapest candidate, and in words what became of the other engines."""
+def _choose(
+    problem: KernelProblem, engine: str, tile: tuple[int, int] | None, choice: tuning.Choice | None
+) -> tuple[KernelPlan, tuple[str, ...]]:
+    """The tuned schedule if there is one, else the cheapest candidate; and in words what became of the others."""
+    notes: tuple[str, ...] = ()
+    if choice is not None and engine in ("auto", choice.engine):
+        plan = scheduled(problem, choice)
+        if isinstance(plan, KernelPlan):
+            return plan, (f"{problem.direction}, the model's choice took {choice.model_us:.2f} us a step beside it",)
+        notes = (f"{problem.direction}, the tuned schedule was not taken: {plan}",)
     best: dict[str, KernelPlan] = {}
     reasons: dict[str, str] = {}
     for name in ENGINES if engine == "auto" else (engine,):
@@ -196,15 +150,57 @@ def _choose(problem: _Problem, engine: str, tile: tuple[int, int] | None) -> tup
             plan = _schedule(problem, name, block_b, block_h)
             if isinstance(plan, str):
                 reasons.setdefault(name, plan)
-            elif name not in best or plan.step_us < best[name].step_us:
+            elif name not in best or _cheaper(plan, best[name]):
                 best[name] = plan
     if not best:
         what = f"{problem.spec.cell} with B={problem.B}, H={problem.H} on {problem.device.name}"
         raise ValueError(f"engine={engine!r} cannot run {what}: {reasons[name]}")
-    chosen = min(best.values(), key=lambda plan: plan.step_us)
+    chosen = reduce(lambda a, b: b if _cheaper(b, a) else a, best.values())
     others = [f"{name} {plan.step_us:.2f} us a step" for name, plan in best.items() if plan is not chosen]
     others += [f"{name} not possible: {reason}" for name, reason in reasons.items() if name not in best]
-    return chosen, (f"{problem.direction}, the other engines: {'; '.join(others)}",) if others else ()
+    if others:
+        notes += (f"{problem.direction}, the other engines: {'; '.join(others)}",)
+    return chosen, notes
+
+
+def scheduled(problem: KernelProblem, choice: tuning.Choice) -> KernelPlan | str:
+    """The plan of a tuned schedule, or in words why it cannot run."""
+    product = Product(choice.block_k, choice.split_k, choice.ahead, choice.stages, choice.num_warps)
+    plan = _schedule(problem, choice.engine, choice.block_b, choice.block_h, product)
+    return plan if isinstance(plan, str) else replace(plan, measured_us=choice.us_per_step)
+
+
+def candidates(problem: KernelProblem, near: float) -> list[KernelPlan]:
+    """Every engine and tile that the model puts within a factor `near` of its best, best first: where to search."""
+    found = [
+        plan
+        for engine in ENGINES
+        for tile in _tiles(engine, problem.B, problem.H)
+        if isinstance(plan := _schedule(problem, engine, *tile), KernelPlan)
+    ]
+    found.sort(key=lambda plan: plan.step_us)
+    return [plan for plan in found if plan.step_us <= near * found[0].step_us]
+
+
+def neighbours(problem: KernelProblem, plan: KernelPlan) -> list[KernelPlan]:
+    """The same tile with one number of its product changed."""
+    here = Product(plan.block_k, plan.split_k, plan.ahead, plan.stages, plan.num_warps)
+    steps = [replace(here, num_warps=warps) for warps in (4, 8) if warps != here.num_warps]
+    if plan.engine != "local":
+        steps += [replace(here, block_k=k) for k in (here.block_k // 2, here.block_k * 2)]
+        steps += [replace(here, split_k=k) for k in (1, 2, 4, 8) if k != here.split_k]
+        if plan.resident:
+            steps += [replace(here, ahead=n) for n in (here.ahead - 1, here.ahead + 1, here.ahead + 2)]
+        else:
+            steps += [replace(here, stages=n) for n in (here.stages - 1, here.stages + 1)]
+    sound = [p for p in steps if p.block_k >= 16 * p.split_k and min(p.ahead, p.stages) > 0]
+    plans = [_schedule(problem, plan.engine, plan.block_b, plan.block_h, product) for product in sound]
+    return [other for other in dict.fromkeys(plans) if isinstance(other, KernelPlan) and other != plan]
+
+
+def _cheaper(a: KernelPlan, b: KernelPlan) -> bool:
+    """By more than rounding: of equals the first stays, whatever the last digits of the constants."""
+    return a.step_us < b.step_us * (1 - 1e-5)
 
 
 def _tiles(engine: str, B: int, H: int) -> Iterator[tuple[int, int]]:
@@ -218,7 +214,9 @@ def _tiles(engine: str, B: int, H: int) -> Iterator[tuple[int, int]]:
                 yield block_b, block_h
 
 
-def _schedule(problem: _Problem, engine: str, block_b: int, block_h: int) -> KernelPlan | str:
+def _schedule(
+    problem: KernelProblem, engine: str, block_b: int, block_h: int, product: Product | None = None
+) -> KernelPlan | str:
     """One candidate with its cost, or in words why it cannot run."""
     B, H, k, device, itemsize = problem.B, problem.H, problem.k, problem.device, problem.dtype.itemsize
     local = engine == "local"
@@ -228,7 +226,8 @@ def _schedule(problem: _Problem, engine: str, block_b: int, block_h: int) -> Ker
     tiles = _ceil(H, block_h) if local else 1
     if tiles > MAX_LOCAL_TILES:
         return f"H={H} in tiles of {block_h} is {tiles} tiles a program, more than {MAX_LOCAL_TILES}: raise block_h"
-    block_k, split_k, stages, num_warps = _product(problem, engine, block_b, block_h, tiles)
+    product = product or _product(problem, engine, block_b, block_h, tiles)
+    block_k, split_k, stages, num_warps = product.block_k, product.split_k, product.stages, product.num_warps
     if device is not INTERPRETER:
         too_large = _registers(problem, engine, block_b, block_h, tiles, split_k, num_warps * 32)
         if too_large:
@@ -239,7 +238,7 @@ def _schedule(problem: _Problem, engine: str, block_b: int, block_h: int) -> Ker
     slice_bytes = k // segment * _ceil(segment, block_k) * block_k * n * tiles * itemsize
     row_tile = block_b * block_k * itemsize
     reduction = max(2 if local else 1, split_k) * block_b * n * max(itemsize, 4)
-    ahead = min(3, _ceil(k, block_k))
+    ahead = min(product.ahead, _ceil(k, block_k))
     while ahead > 1 and slice_bytes + (ahead + 1) * row_tile + 1024 > device.shared_per_program:
         ahead -= 1
     staged = 0 if local else min(ahead + 1, _ceil(k, block_k)) * row_tile
@@ -262,7 +261,12 @@ def _schedule(problem: _Problem, engine: str, block_b: int, block_h: int) -> Ker
         at_once = min(n_b, capacity // n_h)
     waves = _ceil(n_b, at_once) if at_once < n_b else _ceil(n_b * n_h, capacity)
     sharing = max(1.0, min(at_once * n_h, capacity) / device.sms)  # programs that share one SM
-    parts = _step_parts(problem, engine, block_b, n * tiles, tiles, resident, waves, sharing)
+    how = "batched" if split_k > 1 else "plain"
+    step = costs.step(
+        device, problem.kind, itemsize, engine,
+        block_b=block_b, k=k, n=n * tiles, tiles=tiles, programs=n_h, how=how, resident=resident,
+    )  # fmt: skip
+    parts = tuple((name, us * waves * (1 if name in ("wait", "launch") else sharing)) for name, us in step.items())
     return KernelPlan(
         engine=engine,
         direction=problem.direction,
@@ -284,8 +288,8 @@ def _schedule(problem: _Problem, engine: str, block_b: int, block_h: int) -> Ker
     )
 
 
-def _product(problem: _Problem, engine: str, block_b: int, block_h: int, tiles: int) -> tuple[int, int, int, int]:
-    """K tile, K slices, pipeline stages and warps of the gate product.
+def _product(problem: KernelProblem, engine: str, block_b: int, block_h: int, tiles: int) -> Product:
+    """How the gate product is walked through, where no search has found better.
 
     Chosen by reading registers, spills and instructions of the compiled kernels (python -m lstm_triton.perf resources):
     16 rows are one matrix instruction high, so a slice of K goes to each warp; from 32 rows on a plain product has no
@@ -295,9 +299,9 @@ def _product(problem: _Problem, engine: str, block_b: int, block_h: int, tiles: 
     if engine == "local":
         # Forward's product is wide enough for all warps; backward's is deep, so its K is sliced.
         split_k = 1 if problem.forward or problem.scalar else max(1, min(4, block_h // 16))
-        return block_h, split_k, 1, 8 if block_b * block_h * tiles > 1024 else 4
+        return Product(block_h, split_k, AHEAD, 1, 8 if block_b * block_h * tiles > 1024 else 4)
     if problem.scalar:  # FMA on operands in registers, and a short K tile, since it is unrolled
-        return 32 if problem.k >= 32 else 16, 1, 2, 8 if block_b * n * itemsize > 2048 else 4
+        return Product(32 if problem.k >= 32 else 16, 1, AHEAD, 2, 8 if block_b * n * itemsize > 2048 else 4)
     if block_b == 16:
         block_k, split_k, num_warps = 1024 // itemsize, 4, 4
     elif block_b == 32 and n < 32:
@@ -309,11 +313,11 @@ def _product(problem: _Problem, engine: str, block_b: int, block_h: int, tiles: 
     if engine != "resident":
         while stages * block_k * (n + block_b) * itemsize > shared // 2 and block_k > 64:
             block_k //= 2
-    return block_k, min(split_k, max(1, block_k // 16)), stages, num_warps
+    return Product(block_k, min(split_k, max(1, block_k // 16)), AHEAD, stages, num_warps)
 
 
 def _registers(
-    problem: _Problem, engine: str, block_b: int, block_h: int, tiles: int, split_k: int, threads: int
+    problem: KernelProblem, engine: str, block_b: int, block_h: int, tiles: int, split_k: int, threads: int
 ) -> str:
     """What would not fit the registers, by the same reading; empty where all does."""
     kind, scalar = problem.kind, problem.scalar
@@ -328,30 +332,6 @@ def _registers(
     if scalar and block_b * block_h * problem.columns > threads * (2 if kind == "fp64" else 4):
         return f"the scalar {kind} products would not fit the registers"
     return ""
-
-
-def _step_parts(
-    problem: _Problem, engine: str, block_b: int, n: int, tiles: int, resident: bool, waves: int, sharing: float
-) -> tuple[tuple[str, float], ...]:
-    """The model: us of one step by cause. To wait is a store, a fence and add, and a poll: an L2 round trip each."""
-    device, k, itemsize = problem.device, problem.k, problem.dtype.itemsize
-    cycles_per_us = device.clock_ghz * 1e3
-    rate = getattr(device, f"flops_{problem.kind}")
-    if problem.kind != "fp32" and block_b < 64:
-        rate /= 2  # small tiles use the older matrix instructions
-    weights = k * n * itemsize
-    shared_bytes_per_clock = 128
-    parts = {}
-    if engine == "step":
-        parts["launch"] = device.launch_us
-    elif engine != "local":
-        parts["wait"] = 3 * device.l2_round_trip_us
-    if engine != "local":
-        parts["rows"] = block_b * k * itemsize / device.l2_bytes_per_clock / cycles_per_us
-    parts["weights"] = weights / (shared_bytes_per_clock if resident else device.l2_bytes_per_clock) / cycles_per_us
-    parts["product"] = 2 * block_b * k * n / rate / cycles_per_us
-    parts["cell"] = (300 + 300 * tiles + block_b * n / 4) / cycles_per_us
-    return tuple((name, us * waves * (1 if name in ("wait", "launch") else sharing)) for name, us in parts.items())
 
 
 def _ceil(a: int, b: int) -> int:

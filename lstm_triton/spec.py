@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
 
 #: The name of an activation, or (name, alpha, beta).
 Activation = str | tuple[str, float, float]
 
 #: Gates in torch.nn's order, which is the order of the rows of `w_ih`, `w_hh` and the biases.
 GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("r", "z", "n"), "rnn": ("h",)}
+
+#: The activations that each cell's kernels have.
+ACTIVATIONS: dict[str, tuple[Activation, ...]] = {"lstm": ("tanh",), "gru": ("tanh",), "rnn": ("tanh", "relu")}
 
 #: Defaults of the options that every function and module takes but no kernel implements yet. Asking for anything else
 #: is refused by name, never ignored.
@@ -53,16 +58,44 @@ class CellSpec:
     def __post_init__(self) -> None:
         if self.cell not in GATES:
             raise ValueError(f"cell must be one of {', '.join(map(repr, GATES))}, got {self.cell!r}")
-        allowed = ("tanh", "relu") if self.cell == "rnn" else ("tanh",)
+        allowed = ACTIVATIONS[self.cell]
         if self.activation not in allowed:
             raise NotImplementedError(
                 f"activation={self.activation!r} is not available for {self.cell!r}; expected one of {allowed}"
             )
 
+    def __str__(self) -> str:
+        """The cell and what differs from its defaults: "rnn activation=relu"."""
+        options = [field for field in fields(self)[1:] if getattr(self, field.name) != field.default]
+        return " ".join([self.cell, *(f"{option.name}={getattr(self, option.name)}" for option in options)])
+
     @property
     def gates(self) -> int:
         """G, the number of gate rows for each hidden unit."""
         return len(GATES[self.cell])
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The initial states, each [B, H], as the functions call them; the final ones come back in the same order."""
+        return ("h0", "c0") if self.cell == "lstm" else ("h0",)
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What the functions and modules have to be told beyond their tensors, by argument."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("cell", "bias")}
+
+    def parameters(self, inputs: int, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one layer's weights, as the functions call them and in their order, for I inputs and H units."""
+        rows = self.gates * hidden
+        biases = {"b_ih": (rows,), "b_hh": (rows,)} if self.bias else {}
+        return {"w_ih": (rows, inputs), "w_hh": (rows, hidden), **biases}
+
+
+def variants() -> Iterator[CellSpec]:
+    """Every cell that the kernels compute, those with biases first: what numerics have to be shown for."""
+    for bias, cell in product((True, False), GATES):
+        for activation in ACTIVATIONS[cell]:
+            yield CellSpec(cell, activation, bias)
 
 
 def refuse_later_options(**options: object) -> None:

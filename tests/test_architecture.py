@@ -18,11 +18,14 @@ FOLDERS = {f"{PACKAGE}.kernels": ROOT / "kernels", PACKAGE: ROOT / PACKAGE, f"{P
 ALLOWED = {
     "spec": set(),
     "devices": set(),
-    "planner": {"spec", "devices"},
+    "costs": {"devices"},
+    "tuning": {"devices"},
+    "plans": {"spec", "devices"},
+    "planner": {"spec", "devices", "costs", "plans", "tuning"},
     "reference": {"spec"},
-    "launch": {"spec", "devices", "planner", "kernels"},
-    "ops": {"spec", "planner", "reference", "launch"},
-    "functional": {"spec", "devices", "planner", "reference", "launch", "ops"},
+    "launch": {"spec", "devices", "plans", "kernels"},
+    "ops": {"spec", "plans", "planner", "reference", "launch"},
+    "functional": {"spec", "devices", "plans", "planner", "reference", "launch", "ops"},
     "modules": {"spec", "functional"},
     "__init__": {"spec", "planner", "reference", "functional", "modules"},
 }

@@ -1,0 +1,98 @@
+"""What the planner decides: a LaunchPlan, two frozen KernelPlans, and what they say of themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .devices import Device
+from .spec import CellSpec
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One of the two kernels, scheduled."""
+
+    engine: str
+    direction: str  # "forward" or "backward"
+    block_b: int  # rows of the batch a program owns
+    block_h: int  # hidden units a tile
+    tiles: int  # tiles a program owns; more than one in local alone
+    block_k: int  # K tile of the recurrent product
+    split_k: int  # slices of a K tile, one on each warp or pair of warps
+    ahead: int  # K tiles of h or da loaded ahead of their product, where the weights are resident
+    stages: int  # software pipeline of the K loop, where the weights are read at every step
+    num_warps: int
+    resident: bool  # W_hh is loaded once
+    n_b: int  # groups: ceil(B / block_b)
+    n_h: int  # programs a group
+    groups_at_once: int  # groups of one launch; n_b, unless waiting programs must all fit on the GPU
+    shared_bytes: int  # upper estimate
+    step_us: float  # the model's estimate for one time step
+    parts: tuple[tuple[str, float], ...]  # of step_us, by cause
+    measured_us: float | None = None  # one time step, where a search on such a GPU chose this schedule
+
+    @property
+    def grid(self) -> int:
+        """Programs of one launch."""
+        return self.groups_at_once * self.n_h
+
+    @property
+    def synchronised(self) -> bool:
+        """Programs wait for one another, so all of a launch must be on the GPU at once."""
+        return self.engine in ("resident", "streamed")
+
+    @property
+    def tuned(self) -> bool:
+        """Chosen by a measurement, not by the model."""
+        return self.measured_us is not None
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How one layer and direction would run: the forward kernel, the backward kernel, and why."""
+
+    spec: CellSpec
+    T: int
+    B: int
+    H: int
+    dtype: torch.dtype
+    device: Device
+    precision: str  # of fp32 products: "tf32" or "ieee"
+    forward: KernelPlan
+    backward: KernelPlan
+    others: tuple[str, ...]  # what else was considered, in words
+
+    @property
+    def engine(self) -> str:
+        return self.forward.engine
+
+    @property
+    def label(self) -> str:
+        """Short: engine and tile of both kernels."""
+        kernels = self.forward, self.backward
+        return " / ".join(f"{k.engine} {k.block_b}x{k.block_h * k.tiles}{' tuned' * k.tuned}" for k in kernels)
+
+    def explain(self) -> str:
+        """In words: what runs, what the model makes of it, and why not another engine."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float32:
+            dtype += f" ({self.precision} products)"
+        lines = [f"{self.spec.cell}, T={self.T}, B={self.B}, H={self.H}, {dtype} on {self.device.name}"]
+        for kernel in (self.forward, self.backward):
+            where = "on chip for the whole sequence" if kernel.resident else "read again at every step"
+            parts = " + ".join(f"{us:.2f} {name}" for name, us in kernel.parts)
+            lines += [
+                f"{kernel.direction}: {kernel.engine}, {kernel.n_b} group(s) of {kernel.n_h} program(s), "
+                f"{kernel.groups_at_once} group(s) a launch, {kernel.num_warps} warps a program",
+                f"  a program owns {kernel.block_b} rows x {kernel.block_h * kernel.tiles} hidden units; "
+                f"its part of W_hh is {where}",
+                f"  product in K tiles of {kernel.block_k}, {kernel.split_k} slice(s) each; "
+                f"at most {kernel.shared_bytes / 1024:.0f} KiB of shared memory",
+                f"  estimated {kernel.step_us:.2f} us a step by the model, not measured: {parts}",
+            ]
+            if kernel.tuned:
+                lines.append(f"  chosen by a search on such a GPU, where it took {kernel.measured_us:.2f} us a step")
+        lines.append(f"the model's constants for this GPU: {self.device.constants}")
+        return "\n".join([*lines, *self.others])
