@@ -1,8 +1,19 @@
-"""Comma-separated lists on the command line."""
+"""What the commands' options have in common: lists, GPUs, files of constants. Bad usage says so, and ends with 2."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from lstm_triton.devices import Device
+
+
+def refuse(message: str) -> NoReturn:
+    """A wrong command line, as argparse has it."""
+    print(message)
+    raise SystemExit(2)
 
 
 def split(text: str) -> list[str]:
@@ -16,8 +27,7 @@ def choose(name: str, text: str, allowed: Collection[str]) -> list[str]:
     wrong = [part for part in parts if part not in allowed]
     if wrong or not parts:
         what = f"{wrong[0]!r} is none of" if wrong else "choose from"
-        print(f"--{name}: {what} {', '.join(allowed)}")
-        raise SystemExit(2)
+        refuse(f"--{name}: {what} {', '.join(allowed)}")
     return parts
 
 
@@ -25,6 +35,26 @@ def numbers(name: str, text: str) -> list[int]:
     """The parts as positive integers."""
     parts = split(text)
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        print(f"--{name}: expected positive integers, got {text!r}")
-        raise SystemExit(2)
+        refuse(f"--{name}: expected positive integers, got {text!r}")
     return [int(part) for part in parts]
+
+
+def target(name: str, text: str) -> Device:
+    """The GPU of that name, which need not be there."""
+    from lstm_triton.devices import device_named
+
+    try:
+        return device_named(text)
+    except ValueError as error:
+        refuse(f"--{name}: {error}")
+
+
+def use_constants(path: Path | None) -> None:
+    """Plan and estimate with a file's constants (of probe), if one is given."""
+    from lstm_triton.devices import register
+
+    try:
+        if path is not None:
+            register(path)
+    except (OSError, ValueError) as error:
+        refuse(f"--constants: {error}")

@@ -1,108 +1,128 @@
-"""The two that are compared, ours and torch.nn, built with the same weights and run the same way."""
+"""Who is compared: ours, by engine; torch.nn; and peers. All with the same weights, run the same way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lstm_triton.planner import LaunchPlan
+import lstm_triton
+from lstm_triton.planner import ENGINES
 
-#: Storage dtype of each name on the command line. "tf32" is float32 storage with tf32 products; "fp32" forbids them.
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
-PROVIDERS = ("ours", "torch")
+from . import cudnn, peers
+from .cases import DTYPES, Case, precision, torch_layer
+from .precompile import Kernel
+
+if TYPE_CHECKING:
+    from lstm_triton.plans import LaunchPlan
 
 
 @dataclass(frozen=True)
-class Case:
-    """One cell of the sweep. The input is as wide as the hidden state."""
+class Provider:
+    """One way to run a layer."""
 
-    cell: str
-    dtype: str
-    mode: str  # "fwd": inference; "fwdbwd": training forward and all gradients
-    batch: int
-    hidden: int
-    seq: int
-    layers: int = 1
-    bidirectional: bool = False
-    engine: str = "auto"
+    includes: str  # what its time includes, a sentence for reports
+    layer: Callable[..., nn.Module]  # (case, device=, dtype=); ValueError for what it cannot do
+    module: str = "torch"  # what must be importable
+    distribution: str = "torch"  # whose version counts
+    engine: str = ""  # ours: which engine
 
     @property
-    def key(self) -> dict[str, object]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        extra = f" L={self.layers}" * (self.layers > 1) + " both directions" * self.bidirectional
-        engine = f" {self.engine}" * (self.engine != "auto")
-        return f"{self.cell} {self.dtype} {self.mode} B={self.batch} H={self.hidden} T={self.seq}{extra}{engine}"
-
-
-def oracle(case: Case, seed: int = 0) -> nn.Module:
-    """The torch.nn layer that holds the weights, in float32 on the CPU."""
-    torch.manual_seed(seed)
-    kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[case.cell]
-    return kind(case.hidden, case.hidden, case.layers, bidirectional=case.bidirectional)
+    def version(self) -> str:
+        if self.engine:
+            return lstm_triton.__version__
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
 
 
-def build(provider: str, case: Case, weights: dict[str, Tensor], device: str) -> nn.Module:
-    """The layer of one provider, with these weights rounded to the case's dtype."""
-    import lstm_triton as lt
+def _ours(engine: str) -> Provider:
+    def layer(case: Case, **options: object) -> nn.Module:
+        kind = {"lstm": lstm_triton.LSTM, "gru": lstm_triton.GRU, "rnn": lstm_triton.RNN}[case.cell]
+        return kind(case.hidden, case.hidden, case.layers, bidirectional=case.bidirectional, engine=engine, **options)
 
-    options = {"bidirectional": case.bidirectional, "device": device, "dtype": DTYPES[case.dtype]}
-    if provider == "ours":
-        kind = {"lstm": lt.LSTM, "gru": lt.GRU, "rnn": lt.RNN}[case.cell]
-        options["engine"] = case.engine
-    else:
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[case.cell]
-    layer = kind(case.hidden, case.hidden, case.layers, **options)
+    which = "engines and tiles as planned" if engine == "auto" else f"engine {engine} by name"
+    includes = f"{which}: input product, recurrence, and in backward the products for dx and the weights."
+    return Provider(includes, layer, engine=engine)
+
+
+def _peer(includes: str, sequence: Callable[[Case], peers.Sequence], *names: str) -> Provider:
+    def layer(case: Case, **options: object) -> nn.Module:
+        return peers.Layered(torch_layer(case, **options), sequence(case))
+
+    return Provider(includes, layer, *names)
+
+
+PROVIDERS: dict[str, Provider] = {
+    "ours": _ours("auto"),
+    **{f"ours:{engine}": _ours(engine) for engine in ENGINES},
+    "torch": Provider(
+        "torch.nn: on a GPU cuDNN, with the algorithm that PyTorch picks (inferred from its source); on the CPU ATen.",
+        torch_layer,
+    ),
+    "loop": _peer("a Python loop over the cell in eager PyTorch, its input product done once before.", peers.loop),
+    "compiled": _peer("the same loop over a step from torch.compile, whose compile time is left out.", peers.compiled),
+    "flashrnn": _peer(
+        "input product in PyTorch, FlashRNN's cuda_fused kernels (alternating for the GRU); building them is left out.",
+        peers.flashrnn,
+        "flashrnn",
+        "flashrnn",
+    ),
+    "torchrl": _peer(
+        "TorchRL's Triton backend, x and y transposed for its batch-first layout; its tuning is left out.",
+        peers.torchrl,
+        "torchrl.modules.tensordict_module._rnn_triton",
+        "torchrl",
+    ),
+    "gru-qat": _peer(
+        "input product in PyTorch, gru-qat's dense persistent scan without quantization; compiling is left out.",
+        peers.gru_qat,
+        "gru_qat.triton_kernels.scan",
+        "gru-qat",
+    ),
+}
+
+
+def absence(name: str) -> str:
+    """Why a provider is not importable here; empty where it is."""
+    try:
+        importlib.import_module(PROVIDERS[name].module)
+    except Exception as error:  # a foreign package: whatever its import raises
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return ""
+
+
+def build(name: str, case: Case, weights: dict[str, Tensor], device: str) -> nn.Module:
+    """The layer of one provider, with these weights rounded to the case's dtype. ValueError for what it cannot do."""
+    layer = PROVIDERS[name].layer(case, device=device, dtype=DTYPES[case.dtype])
     layer.load_state_dict(weights)
     # cuDNN takes the training flag, not autograd's, for whether to keep what backward needs.
-    return layer.train(case.mode == "fwdbwd")
+    return layer.train(case.training)
 
 
-def inputs(case: Case, device: str, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """x [T, B, I] and the gradient by the output [T, B, D*H], normally distributed."""
-    generator = torch.Generator().manual_seed(seed)
-    width = case.hidden * (1 + case.bidirectional)
-    shapes = (case.seq, case.batch, case.hidden), (case.seq, case.batch, width)
-    x, dy = (torch.randn(shape, generator=generator).to(DTYPES[case.dtype]).to(device) for shape in shapes)
-    return x, dy
+def label(name: str, case: Case, device: str) -> str:
+    """How a provider would run a case, as a table shows it; empty where nothing is known."""
+    if PROVIDERS[name].engine:
+        found = plan(name, case, device)
+        return "ATen" if found is None else found.label
+    if name == "torch":
+        return cudnn.label(case, cudnn.Gpu.here()) if device == "cuda" else "ATen"
+    return ""
 
 
-def runner(layer: nn.Module, case: Case, x: Tensor, dy: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """A call that does the case's work once and returns everything it computed, by name."""
-    parameters = dict(layer.named_parameters())
-    x = x.detach().requires_grad_(case.mode == "fwdbwd")
-
-    def run() -> dict[str, Tensor]:
-        with torch.set_grad_enabled(case.mode == "fwdbwd"):
-            y, state = layer(x)
-        states = state if isinstance(state, tuple) else (state,)
-        found = {"y": y, **dict(zip(("h_n", "c_n"), states, strict=False))}
-        if case.mode == "fwdbwd":
-            gradients = torch.autograd.grad(y, [x, *parameters.values()], dy)
-            found |= {f"d{name}": value for name, value in zip(("x", *parameters), gradients, strict=True)}
-        return found
-
-    return run
-
-
-def plan(case: Case, device: str) -> LaunchPlan | None:
-    """The schedule ours takes for each layer; None where no kernel of ours runs."""
+def plan(name: str, case: Case, device: str) -> LaunchPlan | None:
+    """The schedule ours takes for each layer; None where no kernel of ours runs. ValueError where it cannot."""
+    engine = PROVIDERS[name].engine
     if device != "cuda":
+        if engine != "auto":
+            raise ValueError(f"engine {engine} runs on a GPU alone")
         return None
-    import lstm_triton as lt
 
     def like(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=DTYPES[case.dtype], device=device)
@@ -111,24 +131,21 @@ def plan(case: Case, device: str) -> LaunchPlan | None:
     states = (None, None) if case.cell == "lstm" else (None,)
     w, b = like(rows, case.hidden), like(rows)
     with precision(case.dtype):
-        x = like(case.seq, case.batch, case.hidden)
-        return lt.plan(case.cell, x, *states, w, w, b, b, engine=case.engine)
+        x = like(case.hidden).expand(case.seq, case.batch, case.hidden)
+        return lstm_triton.plan(case.cell, x, *states, w, w, b, b, engine=engine)
 
 
-def kernels(case: Case, device: str) -> list[tuple[LaunchPlan, str, bool]]:
-    """What ours compiles for a case: plan, direction, and whether it saves for backward."""
-    found = plan(case, device)
-    if found is None:
-        return []
-    return [(found, "forward", False)] if case.mode == "fwd" else [(found, "forward", True), (found, "backward", True)]
-
-
-@contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """Products in tf32 or not, for both providers and for matmul and cuDNN alike."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+def kernels(case: Case, names: Iterable[str], device: str) -> list[Kernel]:
+    """What ours compiles for a case."""
+    wanted = []
+    for name in names:
+        if PROVIDERS[name].engine:
+            try:
+                found = plan(name, case, device)
+            except ValueError:  # said when it is judged
+                continue
+            if found is not None:
+                for reverse in (False, True)[: 1 + case.bidirectional]:
+                    wanted.append(Kernel(found, "forward", case.training, reverse))
+                    wanted += [Kernel(found, "backward", True, reverse)] * case.gradients
+    return wanted

@@ -1,56 +1,63 @@
-"""The sweep: ours against torch.nn over cells, dtypes and sizes. Numerics first, then time, a row a result."""
+"""The sweep: ours, torch.nn and others over cells, dtypes, sizes and modes. Numerics first, then times, a row each."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import environment, table
+from . import environment, presets, table
+from .cases import CELLS, DTYPES, Case
 from .engines import DEVICE_LOST, check_in_interpreter
-from .judge import Judge
-from .numerics import CELLS, ENGINES
-from .options import choose, numbers
+from .judge import Judge, is_ours
+from .options import choose, refuse, split, use_constants
 from .precompile import ahead
-from .providers import DTYPES, PROVIDERS, Case, kernels
+from .presets import PRESETS
+from .providers import PROVIDERS, absence, kernels
 
-KEY = ("cell", "dtype", "mode", "layers", "bidirectional", "batch", "hidden", "seq", "engine", "provider")
+if TYPE_CHECKING:
+    from lstm_triton.devices import Device
+
+KEY = ("cell", "dtype", "mode", "layers", "bidirectional", "batch", "hidden", "seq", "provider")
 FIELDS = (
     *KEY,
-    "status",  # ok; loose (torch.nn's numerics, timed all the same); failed (numerics); refused (no such plan); error
-    "median_ms", "p20_ms", "p80_ms", "rounds",
+    # ok; loose (another's numerics, timed all the same); failed (numerics); refused (no such plan);
+    # absent (not importable); error
+    "status",
+    "median_ms", "p20_ms", "p80_ms", "rounds",  # the L2 cache overwritten before each run
+    "warm_ms", "warm_p20_ms", "warm_p80_ms",  # the L2 cache as the last run left it
+    "graph_ms", "graph_p20_ms", "graph_p80_ms",  # replay of a CUDA graph, the L2 cache overwritten
     "us_per_step",  # median / T / layers
     "ratio",  # torch.nn's median over this one: above 1 is faster than torch.nn
+    "floor_us", "to_floor",  # floor.py's floor for a step, and the median over that of the whole run
+    "host_us",  # of a call with T = 1 that is not waited for
+    "peak_mib", "saved_mib",  # on the device during a run; from a training forward until its backward
+    "clock_mhz",  # of the multiprocessors, right after the timing
     "error", "worst", "allowed",  # largest relative error, whose, and what is allowed
-    "plan",
+    "plan",  # ours: engines and tiles; torch.nn: cuDNN's algorithm, inferred
+    "version",  # the provider's
     "detail",
+    "constants",  # what planner and floor went by
     *environment.COLUMNS,
 )  # fmt: skip
-SHOWN = (
-    "cell", "dtype", "mode", "layers", "bidirectional", "batch", "hidden", "seq", "provider", "status",
-    "median_ms", "p20_ms", "p80_ms", "us_per_step", "ratio", "error", "plan",
-)  # fmt: skip
+#: What the terminal and sweep.md show of it: the name there, the column.
+SHOWN = {
+    "provider": "provider", "status": "status", "ms": "median_ms", "graph": "graph_ms", "us/step": "us_per_step",
+    "ratio": "ratio", "floor x": "to_floor", "plan": "plan",
+}  # fmt: skip
 
-#: What runs where nothing else is asked for.
-DEFAULTS = {
-    "cuda": {
-        "cells": "lstm,gru,rnn",
-        "batch": "1,16,64",
-        "hidden": "256,512,768,1024",
-        "seq": "512",
-        "dtype": "bf16,fp16",
-    },
-    "cpu": {"cells": "lstm,gru,rnn", "batch": "1,16", "hidden": "64,128", "seq": "64", "dtype": "fp32"},
-}
+#: Cases whose kernels are compiled at a time, before the first of them runs: enough for 16 cores.
+BATCH = 16
 
-
-#: Cases whose kernels are compiled at a time, before the first of them runs.
-BATCH = 8
+CPU_LINE = (
+    "CPU path: ATen against ATen at small sizes, no GPU in use. Nothing here says anything about GPU speed, and GPU "
+    "columns (warm, graph, floor, host, peak, clock) stay empty."
+)
 
 
 class DeviceLostError(RuntimeError):
@@ -59,113 +66,86 @@ class DeviceLostError(RuntimeError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     lists = "comma-separated"
-    parser.add_argument("--cells", help=f"{lists}: lstm, gru, rnn")
+    parser.add_argument("--cells", help=f"{lists}: {', '.join(CELLS)} (rnn is tanh)")
+    parser.add_argument("--layers", help=f"{lists} numbers of layers")
+    parser.add_argument("--bidirectional", help=f"{lists}: no, yes")
+    parser.add_argument("--dtype", help=f"{lists}: {', '.join(DTYPES)} (tf32: fp32 storage, tf32 products)")
     parser.add_argument("--batch", help=f"{lists} batch sizes")
     parser.add_argument("--hidden", help=f"{lists} hidden sizes; the input is as wide")
     parser.add_argument("--seq", help=f"{lists} sequence lengths")
-    parser.add_argument("--dtype", help=f"{lists}: {', '.join(DTYPES)} (tf32: fp32 storage, tf32 products)")
-    parser.add_argument("--mode", default="fwd,fwdbwd", help="fwd (inference), fwdbwd (training step); default both")
-    parser.add_argument("--layers", default="1", help=f"{lists} numbers of layers")
-    parser.add_argument("--bidirectional", default="no", help=f"{lists}: no, yes")
-    parser.add_argument("--engine", default="auto", help=f"{lists}: auto, local, resident, streamed, step")
-    parser.add_argument("--providers", default="ours,torch", help=f"{lists}: ours, torch")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument(
-        "--preset", choices=("telling",), help="gpu-check's list, most telling first, instead of a grid"
+        "--mode",
+        help=f"{lists}: inference (no autograd), forward (of training), forward+backward; all three by default",
     )
-    parser.add_argument("--seconds", type=float, default=0.3, help="time spent measuring each result (default 0.3)")
+    meanings = [f"  {name}: {preset.meaning}" for name, preset in PRESETS.items()]
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="\n".join(["a list of cases, of which the options above keep what matches them all;", *meanings]),
+    )
+    sentences = [f"  {name}: {provider.includes}" for name, provider in PROVIDERS.items()]
+    parser.add_argument(
+        "--providers",
+        help="\n".join([f"{lists}, or all that are importable (ours,torch); what their times include:", *sentences]),
+    )
+    parser.add_argument(
+        "--graph", action="store_true", help="also capture each run as a CUDA graph and time its replay"
+    )
+    parser.add_argument("--seconds", type=float, default=0.3, help="time spent timing each result (0.3)")
     parser.add_argument("--minutes", type=float, help="start nothing new after this long")
+    parser.add_argument("--constants", type=Path, help="file of device constants (of probe) for planner and floor")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/sweep"), help="folder for CSV, JSON and Markdown")
     parser.add_argument("--resume", action="store_true", help="keep the rows in --out made from the same sources")
 
 
-def grid(options: argparse.Namespace, device: str) -> list[Case]:
-    """The cells of the sweep, in the order of the options, mode innermost."""
-    asked = vars(options) | {name: getattr(options, name) or text for name, text in DEFAULTS[device].items()}
-    product = itertools.product(
-        choose("cells", asked["cells"], CELLS),
-        choose("dtype", asked["dtype"], DTYPES),
-        numbers("layers", asked["layers"]),
-        choose("bidirectional", asked["bidirectional"], ("no", "yes")),
-        numbers("hidden", asked["hidden"]),
-        numbers("batch", asked["batch"]),
-        numbers("seq", asked["seq"]),
-        choose("engine", asked["engine"], ("auto", *ENGINES)),
-        choose("mode", asked["mode"], ("fwd", "fwdbwd")),
-    )
-    return [
-        Case(cell, dtype, mode, batch, hidden, seq, layers, both == "yes", engine)
-        for cell, dtype, layers, both, hidden, batch, seq, engine, mode in product
-    ]
-
-
-def telling() -> list[Case]:
-    """What says most about a GPU, first: gpu-check walks down this list until its time is up."""
-    # cell, dtype, batch, hidden, sequence, layers, both directions
-    shapes: list[tuple[Any, ...]] = [
-        # Where cuDNN is strongest: fp16 or bf16, one layer, batches of 8s, 128s of hidden units.
-        ("lstm", "bf16", 16, 1024, 512),
-        ("lstm", "fp16", 16, 1024, 512),
-        ("lstm", "fp16", 16, 768, 1024),
-        ("lstm", "bf16", 16, 768, 1024),
-        ("gru", "bf16", 16, 1024, 512),
-        ("gru", "fp16", 16, 1024, 512),
-        ("lstm", "bf16", 64, 512, 512),
-        ("lstm", "fp16", 64, 512, 512),
-        ("lstm", "bf16", 16, 128, 512),
-        ("lstm", "bf16", 16, 256, 512),
-        ("rnn", "bf16", 16, 1024, 512),
-        ("lstm", "tf32", 16, 512, 512),
-        ("lstm", "bf16", 1, 1024, 512),
-        ("lstm", "bf16", 16, 2048, 256),
-        ("lstm", "bf16", 16, 512, 512, 2),
-        ("lstm", "bf16", 16, 512, 512, 1, True),
-        ("lstm", "fp32", 32, 512, 64),
-        ("gru", "bf16", 64, 256, 512),
-        ("lstm", "bf16", 256, 512, 256),
-    ]
-    for cell, dtype in itertools.product(("lstm", "gru", "rnn"), ("bf16", "fp16", "tf32")):
-        shapes += [(cell, dtype, batch, hidden, 512) for hidden in (512, 1024, 256, 1536) for batch in (16, 64, 1)]
-    cases = [Case(cell, dtype, mode, *rest) for cell, dtype, *rest in shapes for mode in ("fwd", "fwdbwd")]
-    return list(dict.fromkeys(cases))
-
-
 def main(options: argparse.Namespace) -> int:
     """Run the sweep; 0 if all of ours passed their numerics, 1 if any did not, DEVICE_LOST if the device went away."""
+    start = time.monotonic()
     import torch
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: no CUDA device is available")
+        refuse("--device: 'cuda' needs a CUDA device, and none is available; leave it out for the CPU path")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("the sweep times compiled code: run it without TRITON_INTERPRET")
+        refuse("the sweep times compiled code: run it without TRITON_INTERPRET")
+    for name in ("seconds", "minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            refuse(f"--{name}: expected a number above zero, got {value:g}")
     if device == "cpu":
-        print("CPU path: ATen against ATen at small sizes, no GPU in use. Nothing here says anything about GPU speed.")
-    providers = choose("providers", options.providers, PROVIDERS)
-    cases = telling() if options.preset else grid(options, device)
+        print(CPU_LINE)
+    preset = PRESETS.get(options.preset)
+    cases = presets.cases(options, device)
+    default = preset.providers if preset else "ours,torch"
+    providers = chosen(default if options.providers is None else options.providers)
+    use_constants(options.constants)
     found = environment.collect(device)
     print(environment.summary(found), flush=True)
     rows = table.Rows(options.out / "sweep.csv", FIELDS, resume=options.resume)
     environment.write(found, options.out)
 
-    deadline = math.inf if options.minutes is None else time.monotonic() + options.minutes * 60
-    judge = Judge(device, options.seconds)
+    minutes = options.minutes or (preset.minutes if preset else None)
+    deadline = math.inf if minutes is None else start + minutes * 60
+    judge = Judge(device, options.seconds, graph=options.graph, model=_model(device))
 
     def prepare(todo: list[Case]) -> Iterable[Case]:
-        return ahead(todo, lambda case: kernels(case, device), BATCH, deadline) if device == "cuda" else iter(todo)
+        wanted = partial(kernels, names=providers, device=device)
+        return ahead(todo, wanted, BATCH, deadline) if device == "cuda" else iter(todo)
 
     try:
         unreached = run(cases, providers, rows, found, judge, deadline=deadline, prepare=prepare)
     except DeviceLostError as error:
-        print(f"the device is lost: {error}")
+        print(f"the device is lost: {error}\n--resume goes on in another process")
         return DEVICE_LOST
     lines, engines_passed = check_in_interpreter() if device == "cpu" else ([], True)
     mine = current(rows.rows, found)
-    text = "\n".join([table.markdown(mine, SHOWN), "", *lines])
-    (options.out / "sweep.md").write_text(f"{environment.summary(found)}\n\n{text}\n")
-    print(text)
+    shown = "\n".join([terminal(mine), "", *lines])
+    head = [environment.summary(found), "", *described(providers, device)]
+    (options.out / "sweep.md").write_text("\n".join([*head, "", shown, ""]))
+    print(shown)
     if unreached:
-        print(f"{unreached} of {len(cases)} cells were not reached in time; --resume goes on with them")
+        print(f"{unreached} of {len(cases)} cases were not reached in time; --resume goes on with them")
     for row in mine:
         if row["status"] in ("failed", "error", "loose"):
             print(f"{row['status'].upper()}: {' '.join(row[name] for name in KEY)}: {row['detail']}")
@@ -174,7 +154,41 @@ def main(options: argparse.Namespace) -> int:
     return 0 if engines_passed and not faults(mine) and any(row["median_ms"] for row in mine) else 1
 
 
-Judgement = Callable[[Case, list[str]], dict[str, dict[str, object]]]
+def chosen(text: str) -> list[str]:
+    """The providers asked for; "all" leaves out, and names, those that are not importable."""
+    if split(text) != ["all"]:
+        return choose("providers", text, tuple(PROVIDERS))
+    absent = [name for name in PROVIDERS if absence(name)]
+    if absent:
+        print(f"not importable here, so left out: {', '.join(absent)}")
+    return [name for name in PROVIDERS if name not in absent]
+
+
+def described(providers: list[str], device: str) -> list[str]:
+    """What the times of each provider include, and what the columns are, for the head of the report."""
+    lines = [f"- {name} {PROVIDERS[name].version}: {PROVIDERS[name].includes}" for name in providers]
+    if device == "cpu":
+        return [CPU_LINE, "", *lines]
+    columns = (
+        "ms: median, the L2 cache overwritten before each run; +-: half of p20 to p80; graph: of CUDA-graph replays. "
+        "ratio: torch.nn's ms over this one's, above 1 is faster than torch.nn. floor x: ms over the floor of the "
+        "model. Warm caches, host time, memory, clock and errors stand beside these in sweep.csv."
+    )
+    return [*lines, "", columns]
+
+
+def _model(device: str) -> Device | None:
+    """The constants of this GPU, for the floor."""
+    if device != "cuda":
+        return None
+    import torch
+
+    from lstm_triton.launch import device_of
+
+    return device_of(torch.empty(0, device=device))
+
+
+Judgement = Callable[[Case, list[str]], dict[str, dict[str, Any]]]
 
 
 def run(
@@ -191,12 +205,13 @@ def run(
     """Judge each case that is not among the rows yet and write its rows; returns how many were left for want of time.
 
     The case in hand stands in a file beside the rows, a line an attempt. A resumed sweep tries again a case in which
-    the process ended, once: a case that ends the process twice gets a row that says so.
+    the process ended, once: a case that ends the process twice gets rows that say so. Where the device was lost, those
+    providers are tried again that have no row yet, beside torch.nn.
     """
     stamp = {name: found[name] for name in environment.COLUMNS}
     marker = rows.path.with_suffix(".running")
     attempts = marker.read_text().splitlines() if rows.resumed and marker.exists() else []
-    done = {tuple(row[name] for name in KEY) for row in current(rows.rows, found)}
+    done = {tuple(row[name] for name in KEY): row for row in current(rows.rows, found)}
     todo = [case for case in cases if any(_key(case, name) not in done for name in providers)]
     longest, judged = 0.0, 0
     for case in table.progress(prepare(todo), len(todo), "sweep"):
@@ -204,13 +219,16 @@ def run(
         if started + longest > deadline:
             break
         before = [line for line in attempts if line == str(case)]
+        wanted = [name for name in providers if _key(case, name) not in done]
+        if "torch" in providers and done.get(_key(case, "torch"), {}).get("median_ms"):
+            wanted.insert(0, "torch")  # a ratio is between times taken in turns
         if len(before) < 2:
             marker.write_text("\n".join([*before, str(case)]))
-            verdicts = judge(case, providers)
+            verdicts = judge(case, wanted)
         else:
-            verdicts = {name: {"status": "error", "detail": "the process ended in this cell"} for name in providers}
+            verdicts = {name: {"status": "error", "detail": "the process ended in this case"} for name in wanted}
         lost = [str(verdict["detail"]) for verdict in verdicts.values() if verdict.pop("lost", False)]
-        rows.add(*({**case.key, "provider": name, **verdicts[name], **stamp} for name in providers))
+        rows.add(*({**case.key, "provider": name, **verdict, **stamp} for name, verdict in verdicts.items()))
         marker.unlink(missing_ok=True)
         if lost:
             raise DeviceLostError(lost[0])
@@ -219,8 +237,8 @@ def run(
 
 
 def faults(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of ours that are wrong or raised; what torch.nn does is reported, not judged."""
-    return [row for row in rows if row["provider"] == "ours" and row["status"] in ("failed", "error")]
+    """The rows of ours that are wrong or raised; what others do is reported, not judged."""
+    return [row for row in rows if is_ours(row["provider"]) and row["status"] in ("failed", "error")]
 
 
 def current(rows: list[dict[str, str]], found: dict[str, object]) -> list[dict[str, str]]:
@@ -233,3 +251,21 @@ def current(rows: list[dict[str, str]], found: dict[str, object]) -> list[dict[s
 def _key(case: Case, provider: str) -> tuple[str, ...]:
     row = {**case.key, "provider": provider}
     return tuple(str(row[name]) for name in KEY)
+
+
+def terminal(rows: list[dict[str, str]]) -> str:
+    """The rows as a table without the columns that are empty here; a case is named once."""
+    shown = []
+    last = ""
+    for row in rows:
+        extra = f" L{row['layers']}" * (row["layers"] != "1") + " both" * (row["bidirectional"] == "True")
+        case = f"{row['cell']} {row['dtype']} {row['mode']} B{row['batch']} H{row['hidden']} T{row['seq']}{extra}"
+        line = {"case": case if case != last else "", **{name: row[column] for name, column in SHOWN.items()}}
+        if row["median_ms"]:
+            half = (float(row["p80_ms"]) - float(row["p20_ms"])) / 2
+            line["+-"] = f"{half / float(row['median_ms']):.0%}"
+        shown.append(line)
+        last = case
+    names = list(SHOWN)
+    names.insert(names.index("ms") + 1, "+-")
+    return table.markdown(shown, ["case", *(name for name in names if any(line.get(name) for line in shown))])

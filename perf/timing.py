@@ -1,17 +1,28 @@
-"""Timing several ways of doing one thing side by side, in turns: a drift of the clocks meets all of them alike."""
+"""Timing several ways of doing one thing side by side, in turns: a drift of the clocks meets all of them alike.
+
+What is timed is behind `Clock`: CUDA events on a GPU, the wall clock on the CPU.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+Run = Callable[[], Any]
+
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+WARM_UPS = 2
 #: About half a millisecond in which the host gets ahead of the device.
 HEAD_START_CLOCKS = 1_000_000
+#: Calls timed between two waits for the device: few enough that its queue never fills.
+BURST = 10
 
 
 @dataclass(frozen=True)
@@ -23,51 +34,66 @@ class Timing:
     p80_ms: float
     rounds: int
 
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        p20, median, p80 = np.percentile(samples, (20, 50, 80))
+        return cls(float(median), float(p20), float(p80), len(samples))
 
-def measure(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
-    """Time each of `runs`, spending about `seconds` on each and at least MIN_ROUNDS rounds.
 
-    On CUDA between two events around the run, after the L2 cache is overwritten and the device kept busy for about half
-    a millisecond: what the host takes to launch a run shows only as far as it exceeds that and the run's own time on
-    the device. On the CPU by the wall clock.
+class Clock(Protocol):
+    """What times a run on one kind of device."""
+
+    #: What the device's cache can hold before a run: "cold" (something else), "warm" (what the run itself left).
+    states: tuple[str, ...]
+
+    def laps(self, run: Run, states: Sequence[str]) -> list[float]:
+        """Milliseconds of one run from each of the cache's states, in that order; what went wrong in them is raised."""
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+
+    def mhz(self) -> str:
+        """The clock of the multiprocessors at this moment, empty where there is none."""
+
+
+class CpuClock:
+    """The wall clock; the caches are as they come."""
+
+    states = ("cold",)
+
+    def laps(self, run: Run, states: Sequence[str]) -> list[float]:
+        taken = []
+        for _ in states:
+            start = time.perf_counter()
+            run()
+            taken.append((time.perf_counter() - start) * 1e3)
+        return taken
+
+    def synchronize(self) -> None:
+        pass
+
+    def mhz(self) -> str:
+        return ""
+
+
+class CudaClock:
+    """Two events around a run, after the device was kept busy for about half a millisecond.
+
+    What the host takes to launch a run shows only as far as it exceeds that and the run's own time on the device.
     """
-    once = _cuda_timer() if device == "cuda" else _cpu_timer
-    for _ in range(2):
-        once(list(runs.values()))
-    names = list(runs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
-    for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds * len(names):
-            break
-        order = names if turn % 2 == 0 else names[::-1]
-        for name, sample in zip(order, once([runs[name] for name in order]), strict=True):
-            samples[name].append(sample)
-    return {name: _summary(samples[name]) for name in names}
 
+    states = ("cold", "warm")
 
-def _summary(samples: list[float]) -> Timing:
-    p20, median, p80 = np.percentile(samples, (20, 50, 80))
-    return Timing(float(median), float(p20), float(p80), len(samples))
+    def __init__(self) -> None:
+        self.properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        size = max(4 * self.properties.L2_cache_size, 1 << 26)
+        self.flush = torch.empty(size, dtype=torch.int8, device="cuda")
 
-
-def _cpu_timer(runs: list[Callable[[], object]]) -> list[float]:
-    taken = []
-    for run in runs:
-        start = time.perf_counter()
-        run()
-        taken.append((time.perf_counter() - start) * 1e3)
-    return taken
-
-
-def _cuda_timer() -> Callable[[list[Callable[[], object]]], list[float]]:
-    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    flush = torch.empty(max(4 * cache_bytes, 1 << 26), dtype=torch.int8, device="cuda")
-
-    def timer(runs: list[Callable[[], object]]) -> list[float]:
+    def laps(self, run: Run, states: Sequence[str]) -> list[float]:
         events = []
-        for run in runs:
-            flush.zero_()
+        for state in states:
+            if state == "cold":
+                self.flush.zero_()
             torch.cuda._sleep(HEAD_START_CLOCKS)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -77,4 +103,143 @@ def _cuda_timer() -> Callable[[list[Callable[[], object]]], list[float]]:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    return timer
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def mhz(self) -> str:
+        command = ["nvidia-smi", f"--id=GPU-{self.properties.uuid}", "--query-gpu=clocks.sm"]
+        try:
+            done = subprocess.run(
+                [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        found = done.stdout.strip()
+        return found if found.isdecimal() else ""
+
+
+def clock_for(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+@dataclass
+class _Series:
+    """The samples of one run so far."""
+
+    run: Run
+    samples: dict[str, list[float]]
+    spent: float = 0.0  # seconds
+    error: Exception | None = None
+
+    def unfinished(self, seconds: float) -> bool:
+        rounds = min(map(len, self.samples.values()))
+        return self.error is None and rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or self.spent < seconds)
+
+
+def race(
+    runs: Mapping[str, Run],
+    clock: Clock,
+    seconds: float,
+    states: Sequence[str] = (),
+    alive: Callable[[], bool] = lambda: True,
+) -> dict[str, dict[str, Timing] | Exception]:
+    """Time each of `runs` from each of the cache's states, spending about `seconds` on it and at least MIN_ROUNDS.
+
+    The runs take turns, every second round backwards. One that raises drops out, and its exception is its result; if
+    the device is not `alive` after that, the rest have no result.
+    """
+    states = states or clock.states
+    series = {name: _Series(run, {state: [] for state in states}) for name, run in runs.items()}
+    for turn in range(WARM_UPS + MAX_ROUNDS):
+        names = [name for name, one in series.items() if one.unfinished(seconds)]
+        if not names:
+            break
+        for name in names if turn % 2 == 0 else names[::-1]:
+            one = series[name]
+            start = time.perf_counter()
+            try:
+                taken = clock.laps(one.run, states)
+            except Exception as error:
+                one.error = error
+                if not alive():
+                    return {name: error}
+                continue
+            if turn >= WARM_UPS:
+                one.spent += time.perf_counter() - start
+                for state, sample in zip(states, taken, strict=True):
+                    one.samples[state].append(sample)
+    return {
+        name: one.error or {state: Timing.of(samples) for state, samples in one.samples.items()}
+        for name, one in series.items()
+    }
+
+
+def measure(runs: Mapping[str, Run], device: str, seconds: float) -> dict[str, Timing]:
+    """`race` for runs that are known to work: the times with a cold cache, and what one of them raises is raised."""
+    found = {}
+    for name, result in race(runs, clock_for(device), seconds, ("cold",)).items():
+        if isinstance(result, Exception):
+            raise result
+        found[name] = result["cold"]
+    return found
+
+
+def host_us(run: Run, clock: Clock, seconds: float = 0.05) -> float:
+    """Wall time (us) of a call that is not waited for, as its caller sees it: median over many.
+
+    Wall and not processor time: a thread that spins while autograd's own thread works would count twice.
+    """
+    run()
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < end:
+        clock.synchronize()
+        for _ in range(BURST):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    clock.synchronize()
+    return float(np.median(taken)) * 1e6
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A captured run: what replays it, and where its results are after that."""
+
+    run: Run
+    results: Any
+
+
+#: Graphs whose capture failed: PyTorch may still ask them where to allocate, so they must not go away.
+_failed: list[object] = []
+
+
+def capture(run: Run) -> Replay:
+    """Capture a run as a CUDA graph, as PyTorch says to: warmed up on the side stream that it is then captured on.
+
+    What a failed capture leaves is put right as far as it can be; whether the device still works is for the caller to
+    ask. The exception is that of the run, not the one about ending its capture.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    cause: Exception | None = None
+    try:
+        # The outer context restores the stream also where torch.cuda.graph cannot end the capture.
+        with torch.cuda.stream(side), torch.cuda.graph(graph, pool=pool, stream=side):
+            try:
+                results = run()
+            except Exception as error:
+                cause = error
+                raise
+    except Exception as error:
+        # Before PyTorch 2.12 the allocator may believe that the capture is still under way; if not, this is refused.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        _failed.append(graph)
+        raise (cause or error) from None
+    return Replay(graph.replay, results)

@@ -6,23 +6,30 @@ import argparse
 import builtins
 import importlib.metadata
 import json
-import math
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lstm_triton.perf import environment, judge, numerics, providers, sweep, table, timing
-from lstm_triton.perf.providers import Case, oracle
+from fake_cuda import FakeCuda, fail, rehearse, when
+from lstm_triton.perf import environment, judge, presets, providers, sweep, table
+from lstm_triton.perf.cases import MODES, Case, inputs
 
 import lstm_triton
+from lstm_triton.devices import device_named
 
 FOUND = dict.fromkeys(environment.COLUMNS, "recorded") | {"commit": "abc", "source": "123"}
-CASES = [Case("lstm", "fp32", mode, batch, 8, 4) for batch in (1, 2, 3) for mode in ("fwd", "fwdbwd")]
+TWO = ("inference", "forward+backward")
+CASES = [Case("lstm", "fp32", mode, batch, 8, 4) for batch in (1, 2, 3) for mode in TWO]
 BOTH = ["ours", "torch"]
+SMALL = Case("lstm", "fp32", "inference", 2, 8, 5)
+
+Verdicts = dict[str, dict[str, object]]
 
 
 class Judge:
@@ -31,11 +38,13 @@ class Judge:
     def __init__(self, *deadly: Case) -> None:
         self.deadly = deadly
         self.judged: list[Case] = []
+        self.asked: list[list[str]] = []
 
-    def __call__(self, case: Case, providers: list[str]) -> dict[str, dict[str, object]]:
+    def __call__(self, case: Case, providers: list[str]) -> Verdicts:
         if case in self.deadly:
             raise KeyboardInterrupt
         self.judged.append(case)
+        self.asked.append(providers)
         return {name: {"status": "ok", "median_ms": "1.0000"} for name in providers}
 
 
@@ -43,12 +52,18 @@ def rows_at(path: Path, resume: bool = True) -> table.Rows:
     return table.Rows(path / "sweep.csv", sweep.FIELDS, resume=resume)
 
 
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    sweep.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
 def test_resume_after_a_kill_does_what_is_left_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         sweep.run(CASES, BOTH, rows_at(tmp_path, resume=False), FOUND, Judge(CASES[2]))
     csv = tmp_path / "sweep.csv"
     assert len(csv.read_text().splitlines()) == 1 + 4
-    csv.write_text(csv.read_text() + "lstm,fp32,fwd,1,Fal")  # a row that the kill cut short
+    csv.write_text(csv.read_text() + "lstm,fp32,inference,1,Fal")  # a row that the kill cut short
     second = Judge()
     rows = rows_at(tmp_path)
     assert sweep.run(CASES, BOTH, rows, FOUND, second) == 0
@@ -91,20 +106,31 @@ def test_case_that_ends_the_process_twice_gets_a_row_and_is_left(tmp_path: Path)
     assert [row["provider"] for row in ended] == BOTH and not any(row["median_ms"] for row in ended)
 
 
-def test_lost_device_ends_the_sweep_after_its_row(tmp_path: Path) -> None:
-    def lose(case: Case, providers: list[str]) -> dict[str, dict[str, object]]:
-        return {name: {"status": "error", "detail": "illegal access", "lost": True} for name in providers}
+def test_lost_device_costs_one_row_and_the_rest_is_tried_again_beside_torch(tmp_path: Path) -> None:
+    three = ["ours", "ours:step", "torch"]
+
+    def lose(case: Case, names: list[str]) -> Verdicts:
+        return {"ours:step": {"status": "error", "detail": "illegal access", "lost": True}}
 
     rows = rows_at(tmp_path, resume=False)
     with pytest.raises(sweep.DeviceLostError, match="illegal access"):
-        sweep.run(CASES, BOTH, rows, FOUND, lose)
-    assert len(rows.rows) == 2
+        sweep.run(CASES[:1], three, rows, FOUND, lose)
+    assert [row["provider"] for row in rows.rows] == ["ours:step"]
+    again = Judge()
+    sweep.run(CASES[:1], three, rows_at(tmp_path), FOUND, again)
+    assert again.asked == [["ours", "torch"]]
+    # A provider that is new beside rows that are there is timed in turns with torch.nn, so torch.nn is timed anew.
+    later = Judge()
+    rows = rows_at(tmp_path)
+    sweep.run(CASES[:1], [*three, "loop"], rows, FOUND, later)
+    assert later.asked == [["torch", "loop"]]
+    assert len(sweep.current(rows.rows, FOUND)) == 4
 
 
 def test_stops_before_a_case_that_would_not_end_in_time(tmp_path: Path) -> None:
     now = [0.0]
 
-    def slow(case: Case, providers: list[str]) -> dict[str, dict[str, object]]:
+    def slow(case: Case, providers: list[str]) -> Verdicts:
         now[0] += 10
         return {name: {"status": "ok"} for name in providers}
 
@@ -118,125 +144,11 @@ def test_cases_that_were_never_prepared_count_as_unreached(tmp_path: Path) -> No
     assert sweep.run(CASES, BOTH, rows, FOUND, Judge(), prepare=lambda todo: iter(todo[:2])) == len(CASES) - 2
 
 
-def wrong_build(how: str):
-    """A provider "ours" that is torch.nn with one weight changed."""
-
-    def build(provider: str, case: Case, weights: dict[str, torch.Tensor], device: str) -> torch.nn.Module:
-        layer = oracle(case)
-        layer.load_state_dict(weights)
-        if provider == "ours":
-            with torch.no_grad():
-                layer.weight_hh_l0[0, 0] = math.nan if how == "nan" else layer.weight_hh_l0[0, 0] + 0.1
-        return layer
-
-    return build
-
-
-@pytest.mark.parametrize(("mode", "training"), [("fwd", False), ("fwdbwd", True)])
-@pytest.mark.parametrize("provider", BOTH)
-def test_inference_is_in_eval_mode(provider: str, mode: str, training: bool) -> None:
-    case = Case("lstm", "fp32", mode, 2, 8, 5)
-    assert providers.build(provider, case, oracle(case).state_dict(), "cpu").training is training
-
-
-def test_torch_out_of_tolerance_is_timed_and_does_not_fail_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(provider: str, case: Case, weights: dict[str, torch.Tensor], device: str) -> torch.nn.Module:
-        return wrong_build("off")("ours" if provider == "torch" else "torch", case, weights, device)
-
-    monkeypatch.setattr(judge, "build", build)
-    verdicts = judge.Judge("cpu", seconds=0.01)(Case("lstm", "fp32", "fwd", 2, 8, 5), BOTH)
-    assert verdicts["torch"]["status"] == "loose" and "allowed" in verdicts["torch"]["detail"]
-    assert float(verdicts["torch"]["median_ms"]) > 0 and float(verdicts["ours"]["ratio"]) > 0
-    rows = [{"provider": name, "status": str(verdict["status"])} for name, verdict in verdicts.items()]
-    assert sweep.faults(rows) == []
-    assert sweep.faults([row | {"status": "failed"} for row in rows]) == [{"provider": "ours", "status": "failed"}]
-
-
-def test_numerics_run_where_a_timed_out_wait_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def spy(*arguments: object) -> dict[str, torch.Tensor]:
-        seen.append((torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()))
-        return {"y": torch.ones(1)}
-
-    monkeypatch.setattr(numerics, "call", spy)
-    monkeypatch.setattr(numerics, "expected", numerics.expected.__wrapped__)
-    numerics.check_engine(numerics.Problem("gru", "resident", "fp32", 2, 1, 4, 4), "cpu")
-    assert len(seen) > 1 and set(seen) == {(True, False)}
-    assert not torch.is_anomaly_enabled()
-
-
-@pytest.mark.parametrize("dtype", numerics.DTYPES)
-def test_poison_is_nan_in_every_dtype(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = []
-
-    def full(size: int, value: int, **options: object) -> None:
-        blocks.append(torch.tensor([value] * 8, dtype=options["dtype"]))
-
-    monkeypatch.setattr(torch, "full", lambda size, value, **options: full(size[0], value, **options))
-    numerics.poison_free_memory("cuda")
-    assert blocks and all(block.view(numerics.DTYPES[dtype]).isnan().all() for block in blocks)
-
-
-def test_on_a_gpu_the_host_gets_ahead_before_the_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            log.append("event")
-
-        def elapsed_time(self, end: Event) -> float:
-            return 1.5
-
-    class Flush:
-        def zero_(self) -> None:
-            log.append("flush")
-
-    cuda = SimpleNamespace(
-        get_device_properties=lambda index: SimpleNamespace(L2_cache_size=1 << 20),
-        Event=Event,
-        _sleep=lambda clocks: log.append("sleep"),
-        synchronize=lambda: log.append("synchronize"),
-    )
-    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda, empty=lambda *_, **__: Flush(), int8=torch.int8))
-    assert timing._cuda_timer()([lambda: log.append("a"), lambda: log.append("b")]) == [1.5, 1.5]
-    once = ["flush", "sleep", "event", "a", "event"]
-    assert log == [*once, *(name.replace("a", "b") if name == "a" else name for name in once), "synchronize"]
-
-
-@pytest.mark.parametrize("how", ["off", "nan"])
-@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
-def test_failed_numerics_give_no_time(how: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "build", wrong_build(how))
-    verdicts = judge.Judge("cpu", seconds=0.01)(Case("lstm", "fp32", mode, 2, 8, 5), BOTH)
-    assert verdicts["ours"]["status"] == "failed" and verdicts["ours"]["detail"]
-    assert not {"median_ms", "us_per_step", "ratio"} & verdicts["ours"].keys()
-    assert verdicts["torch"]["status"] == "ok" and float(verdicts["torch"]["median_ms"]) > 0
-    assert verdicts["torch"]["ratio"] == "1.000"
-
-
-def test_provider_that_raises_leaves_the_other_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(provider: str, case: Case, weights: dict[str, torch.Tensor], device: str) -> torch.nn.Module:
-        if provider == "ours":
-            raise RuntimeError("out of\nmemory")
-        return oracle(case)
-
-    monkeypatch.setattr(judge, "build", build)
-    verdicts = judge.Judge("cpu", seconds=0.01)(Case("gru", "fp32", "fwd", 2, 8, 5), BOTH)
-    assert verdicts["ours"] == {"status": "error", "detail": "RuntimeError: out of memory"}
-    assert verdicts["torch"]["status"] == "ok"
-
-
-def test_telling_cases_are_distinct_and_begin_with_the_anchor_shapes() -> None:
-    cases = sweep.telling()
-    assert len(cases) == len(set(cases))
-    shapes = ("B=16 H=1024 T=512", ("bf16", "fp16")), ("B=16 H=768 T=1024", ("fp16", "bf16"))
-    assert [str(case) for case in cases[:8]] == [
-        f"lstm {dtype} {mode} {shape}" for shape, dtypes in shapes for dtype in dtypes for mode in ("fwd", "fwdbwd")
-    ]
+@pytest.mark.parametrize("status", ["failed", "error"])
+def test_faults_are_ours_by_any_engine(status: str) -> None:
+    rows = [{"provider": name, "status": status} for name in providers.PROVIDERS]
+    assert [row["provider"] for row in sweep.faults(rows)] == [name for name in providers.PROVIDERS if "ours" in name]
+    assert sweep.faults([{"provider": "ours:local", "status": "refused"}]) == []
 
 
 @pytest.mark.parametrize(
@@ -245,20 +157,107 @@ def test_telling_cases_are_distinct_and_begin_with_the_anchor_shapes() -> None:
         (["--cells", "lstm,tree"], "--cells: 'tree' is none of lstm, gru, rnn"),
         (["--batch", "1,x"], "--batch: expected positive integers"),
         (["--hidden", "0"], "--hidden: expected positive integers"),
-        (["--providers", ""], "--providers: choose from ours, torch"),
+        (["--mode", "fwd"], "--mode: 'fwd' is none of inference, forward, forward+backward"),
+        (["--providers", ""], "--providers: choose from ours, ours:local"),
+        (["--providers", "ours,all"], "--providers: 'all' is none of ours"),
+        (["--preset", "paper"], "--preset: 'paper' lists sizes of a GPU"),
+        (["--seconds", "0"], "--seconds: expected a number above zero, got 0"),
+        (["--minutes", "-1"], "--minutes: expected a number above zero, got -1"),
+        (["--minutes", "nan"], "--minutes: expected a number above zero, got nan"),
+        (["--device", "cuda"], "--device: 'cuda' needs a CUDA device"),
+        (["--constants", "nowhere.json"], "--constants: "),
     ],
 )
-def test_wrong_list_is_named(
-    wrong: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_wrong_usage_is_named(
+    wrong: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parser = argparse.ArgumentParser()
-    sweep.add_arguments(parser)
-    options = parser.parse_args(["--device", "cpu", "--out", str(tmp_path / "out"), *wrong])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setenv("TRITON_INTERPRET", "0")
-        sweep.main(options)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(parsed("--device", "cpu", "--out", str(tmp_path / "out"), *wrong))
     assert stopped.value.code == 2 and message in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_all_providers_leaves_out_and_names_the_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "absence", lambda name: "no" if name in ("flashrnn", "gru-qat") else "")
+    assert sweep.chosen("all") == [name for name in providers.PROVIDERS if name not in ("flashrnn", "gru-qat")]
+    assert capsys.readouterr().out == "not importable here, so left out: flashrnn, gru-qat\n"
+    assert sweep.chosen("flashrnn,ours") == ["flashrnn", "ours"]
+
+
+def test_help_says_what_each_time_includes() -> None:
+    text = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter)
+    sweep.add_arguments(text)
+    for name, provider in providers.PROVIDERS.items():
+        assert f"{name}: {provider.includes}" in text.format_help()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return rehearse(monkeypatch)
+
+
+@pytest.fixture
+def gpu_machine(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """`main` on the stand-in; how it compiles ahead is kept."""
+    kept: dict[str, object] = {}
+
+    def ahead(todo: list[Case], kernels: object, batch: int, deadline: float) -> list[Case]:
+        kept.update(todo=todo, deadline=deadline)
+        return todo[:3]
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "collect", lambda device: FOUND | {"python": "3", "device": "H200"})
+    monkeypatch.setattr(sweep, "ahead", ahead)
+    monkeypatch.setattr(sweep, "_model", lambda device: device_named("H200"))
+    monkeypatch.setattr(judge, "inputs", lambda case, device: inputs(replace(case, batch=2, seq=3), "cpu"))
+    return kept
+
+
+def test_quick_on_a_gpu(
+    gpu_machine: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(presets, "HEAD", (("lstm", "fp32", 2, 8, 3), ("gru", "fp32", 2, 8, 3)))
+    start = time.monotonic()
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: start))
+    options = parsed("--preset", "quick", "--graph", "--seconds", "0.01", "--out", str(tmp_path))
+    assert sweep.main(options) == 0
+    assert gpu_machine["deadline"] == start + 4.5 * 60 and gpu_machine["todo"] == presets.quick()
+    rows = table.read(tmp_path / "sweep.csv", sweep.FIELDS)
+    assert len(rows) == 3 * 2 and all(row["status"] == "ok" and row["graph_ms"] for row in rows)
+    out = capsys.readouterr().out
+    assert "3 of 6 cases were not reached in time" in out and "CPU path" not in out
+    text = (tmp_path / "sweep.md").read_text()
+    assert providers.PROVIDERS["torch"].includes in text and "graph" in text.split("| case")[1].splitlines()[0]
+
+
+def test_lost_device_ends_the_command_with_its_status(
+    gpu_machine: dict[str, object], gpu: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose() -> None:
+        gpu.sound = False
+        fail("illegal access")
+
+    when(monkeypatch, "ours", lambda: True, lose)
+    options = parsed("--cells", "rnn", "--hidden", "8", "--batch", "2", "--seq", "3", "--out", str(tmp_path))
+    assert sweep.main(options) == sweep.DEVICE_LOST
+    assert [row["provider"] for row in table.read(tmp_path / "sweep.csv", sweep.FIELDS)] == ["ours"]
+
+
+def test_terminal_names_a_case_once_and_leaves_empty_columns_out() -> None:
+    row = dict.fromkeys(sweep.FIELDS, "") | {name: str(value) for name, value in SMALL.key.items()}
+    timed = {"status": "ok", "median_ms": "2.0000", "p20_ms": "1.9000", "p80_ms": "2.3000"}
+    rows = [row | timed | {"provider": "ours"}, row | {"provider": "torch", "status": "error"}]
+    both = row | {"layers": "2", "bidirectional": "True", "provider": "ours", "status": "ok"}
+    head, _, first, second, third = sweep.terminal([*rows, both]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, first, second, third)]
+    assert cells[0] == ["case", "provider", "status", "ms", "+-"]
+    assert cells[1] == ["lstm fp32 inference B2 H8 T5", "ours", "ok", "2.0000", "10%"]
+    assert cells[2] == ["", "torch", "error", "", ""]
+    assert cells[3][0] == "lstm fp32 inference B2 H8 T5 L2 both"
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -312,16 +311,19 @@ def test_command_on_the_cpu(tmp_path: Path) -> None:
     """The whole command at one small size: its first line, its files, every engine in the interpreter."""
     command = [sys.executable, "-m", "lstm_triton.perf", "sweep", "--device", "cpu", "--cells", "gru", "--batch", "2"]
     command += ["--hidden", "16", "--seq", "8", "--seconds", "0.02", "--out", str(tmp_path)]
+    command += ["--providers", "ours,torch,loop", "--preset", "quick"]
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     first = done.stdout.splitlines()[0]
-    assert first.startswith("CPU path: ATen against ATen") and "GPU speed" in first
+    assert first.startswith("CPU path: ATen against ATen") and "GPU speed" in first and "stay empty" in first
     rows = table.read(tmp_path / "sweep.csv", sweep.FIELDS)
     assert [(row["mode"], row["provider"], row["status"]) for row in rows] == [
-        (mode, provider, "ok") for mode in ("fwd", "fwdbwd") for provider in BOTH
+        (mode, provider, "ok") for mode in MODES for provider in ("ours", "torch", "loop")
     ]
     assert all(float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]) for row in rows)
+    for column in ("warm_ms", "graph_ms", "floor_us", "host_us", "peak_mib", "clock_mhz", "constants"):
+        assert {row[column] for row in rows} == {""}
     assert {"sweep.csv", "sweep.md", "environment.json"} == {path.name for path in tmp_path.iterdir()}
     for engine in ("local", "resident", "streamed", "step"):
         assert sum(line.startswith(f"| {engine}") and "| ok" in line for line in done.stdout.splitlines()) == 3
