@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -153,43 +153,52 @@ def backward(
     return da, dh_n, dstate_n
 
 
-def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True) -> Any:
+def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True, reverse: bool = False) -> Any:
     """Compile one kernel of `plan` for plan.device, which need not be there; returns triton's CompiledKernel.
 
     Exactly what a launch would compile: the same source, constants and options. Not under TRITON_INTERPRET=1.
     """
     kernel_plan: KernelPlan = getattr(plan, direction)
     kernel = sequence.sequence_forward if direction == "forward" else sequence.sequence_backward
-    constants = _constants(plan, kernel_plan, training) | {"REVERSE": False}
-    storage = f"*{_TRITON_DTYPES[plan.dtype]}"
-    accumulator = f"*{_TRITON_DTYPES[_accumulator(plan.dtype)]}"
-    special = {"counter_ptr": "*i32", "error_ptr": "*i32"}
-    special |= dict.fromkeys(("T", "B", "start", "chained", "last", "first_group"), "i32")
-    special |= dict.fromkeys(("state_ptr", "dh_ptr", "dstate_ptr"), accumulator)
-    signature = {}
-    for name in kernel.arg_names:
-        absent = (
-            (name == "b_hh_ptr" and not constants["HAS_BIAS"])
-            or (name == "extra_ptr" and not constants["SAVE_EXTRA"])
-            or (name == "gates_ptr" and direction == "backward" and not constants["SAVE_GATES"])
-            or (name in ("counter_ptr", "error_ptr") and not constants["SYNC"])
-        )
-        if name in constants or absent:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        else:
-            signature[name] = special.get(name, storage)
-    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    constants = _constants(plan, kernel_plan, training) | {"REVERSE": reverse}
+    types = {"counter_ptr": "i32", "error_ptr": "i32"}
+    types |= dict.fromkeys(("state_ptr", "dh_ptr", "dstate_ptr"), str(_TRITON_DTYPES[_accumulator(plan.dtype)]))
+    types = {name: types.get(name, str(_TRITON_DTYPES[plan.dtype])) for name in kernel.arg_names}
+    absent = {
+        "b_hh_ptr": direction == "forward" and not constants["HAS_BIAS"],
+        "extra_ptr": not constants["SAVE_EXTRA"],
+        "gates_ptr": direction == "backward" and not constants["SAVE_GATES"],
+        "counter_ptr": not constants["SYNC"],
+        "error_ptr": not constants["SYNC"],
+    }
+    constants |= dict.fromkeys(name for name in kernel.arg_names if absent.get(name))
+    return compile_kernel(kernel, types, constants, plan.device.capability, _options(kernel_plan))
+
+
+def compile_kernel(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, options: Mapping[str, Any]
+) -> Any:
+    """Compile any kernel for a GPU that need not be there, as a launch with such arguments would.
+
+    types: of what the arguments called *_ptr point to, which is 16-byte aligned; all others that are not among the
+    constants are int32.
+    """
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int], Any] = {}
     # What a launch states of its arguments, so that the compilation cache knows the kernel again.
     attrs: dict[tuple[int], list] = {}
     for i, name in enumerate(kernel.arg_names):
-        if signature[name].startswith("*"):
-            attrs[i,] = [["tt.divisibility", 16]]
-        elif signature[name] == "constexpr" and (_STATES_CONSTANTS or isinstance(constants[name], str)):
-            attrs[i,] = []
+        if name in constants:
+            signature[name], constexprs[i,] = "constexpr", constants[name]
+            if _STATES_CONSTANTS or isinstance(constants[name], str):
+                attrs[i,] = []
+        elif name.endswith("_ptr"):
+            signature[name], attrs[i,] = f"*{types[name]}", [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
     source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    target = triton.backends.compiler.GPUTarget("cuda", plan.device.capability, 32)
-    return triton.compile(source, target=target, options=_options(kernel_plan))
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=dict(options))
 
 
 def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str, Any]:

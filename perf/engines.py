@@ -1,4 +1,4 @@
-"""`python -m lstm_triton.perf.engines`: every engine, cell and dtype against float64, on a GPU or interpreted."""
+"""`python -m lstm_triton.perf.engines`: every variant, engine and dtype against float64, on a GPU or interpreted."""
 
 from __future__ import annotations
 
@@ -10,23 +10,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
-from . import environment, table
-from .numerics import CELLS, ENGINES, Problem, alive, check_engine, draw
-from .precompile import Kernel, ahead
-from .providers import precision
+from lstm_triton.planner import ENGINES
+from lstm_triton.spec import CellSpec, variants
 
-FIELDS = (
-    "engine", "cell", "dtype", "seq", "batch", "hidden", "tile",
-    "status", "error", "worst", "allowed", "detail", "source",
-)  # fmt: skip
-KEY = FIELDS[:7]
+from . import environment, table
+from .cases import DTYPES, precision
+from .numerics import alive
+from .precompile import Kernel, ahead
+from .problems import Problem, check_engine
+
+KEY = ("engine", "cell", "dtype", "seq", "batch", "hidden", "width", "tile", "form")
+FIELDS = (*KEY, "status", "error", "worst", "allowed", "detail", "source")
 #: Exit status when a CUDA error has made this process's device unusable; another process can go on with --resume.
 DEVICE_LOST = 75
-#: Problems whose kernels are compiled at a time, before the first of them runs: two kernels each, for 16 cores.
-BATCH = 8
+#: Problems whose kernels are compiled at a time, while those before them run: three kernels each, for 16 cores.
+BATCH = 16
+#: An engine whose waits ran out so often is left: each costs some ten seconds, and says no more than the first.
+TIMEOUTS = 3
+#: Statuses of what is wrong. Others: ok; refused (no such plan); left (see TIMEOUTS).
+FAULTY = ("failed", "error")
+
+DTYPES_IN_ORDER = ("bf16", "fp32", "fp16", "tf32", "fp64")
+# T, B, H, I. fp32 products are scalar: the local engine has them up to H = 32 alone.
+SMALL = (7, 3, 29, 21)
+ONE = (1, 1, 37, 10)
+#: In 16 bits a single unit saturates: its gradient by a gate near 1 has no correct digit.
+SINGLE = (1, 1, 1, 1)
+SIZES = ((33, 70, 72, 40), (12, 20, 1000, 100), (200, 17, 130, 33), (64, 16, 256, 256))
+#: Groups of 125 programs, of which only one or two fit on a GPU at a time: the rest comes in further launches.
+WAVES, WAVES_TILE = (4, 40, 1000, 20), (16, 8)
+#: With a tile a sequence is also checked alone in its batch.
+TILED, TILE = (5, 40, 24, 7), (16, 16)
 
 
 def interpreted() -> list[Problem]:
@@ -35,69 +54,132 @@ def interpreted() -> list[Problem]:
     Its programs run one after another, so an engine that waits gets a tile that leaves one program a group.
     """
     tile = {"resident": (16, 32), "streamed": (16, 32)}
-    return [Problem(cell, engine, "fp32", 4, 3, 20, 12, tile.get(engine)) for engine in ENGINES for cell in CELLS]
+    plain = [spec for spec in variants() if spec == CellSpec(spec.cell)]
+    return [Problem(spec, engine, "fp32", 4, 3, 20, 12, tile.get(engine)) for engine in ENGINES for spec in plain]
+
+
+def first() -> list[Problem]:
+    """Every variant, dtype and engine once, at a small size: those with biases forward from given states, those without
+    reversed from none.
+    """
+    return _every(variants(), DTYPES_IN_ORDER, SMALL, swap=False)
 
 
 def on_gpu() -> list[Problem]:
-    """Engine by cell by dtype by odd shape, each engine and dtype met early."""
-    # T, B, H, I
-    shapes = [(7, 3, 37, 24), (33, 17, 72, 40), (64, 16, 256, 256), (5, 65, 130, 33), (12, 20, 1000, 100)]
-    dtypes = ("bf16", "fp16", "tf32", "fp32", "fp64")
-    problems = [
-        Problem(cell, engine, dtype, *shape)
-        for shape, cell, dtype, engine in itertools.product(shapes, CELLS, dtypes, ENGINES)
+    """`first`, then modules, other sizes, other forms, and at last everything in every dtype."""
+    biased = [spec for spec in variants() if spec.bias]
+    modules = [
+        Problem(spec, "auto", dtype, 9, 5, 40, 24, module=True)
+        for dtype, spec in itertools.product(("fp32", "fp16"), biased)
+        # Above the first layer nothing keeps 16 bits from the kink of relu.
+        if dtype == "fp32" or spec.activation == "tanh"
     ]
-    # One hidden unit saturates: in 16 bits its gradient by a gate near 1 has no correct digit.
-    single = [Problem(cell, engine, dtype, 1, 1, 1, 1) for cell in CELLS for dtype in dtypes[3:] for engine in ENGINES]
-    return problems[:60] + single + problems[60:]
+    waves = [
+        Problem(spec, engine, "bf16", *WAVES, tile=WAVES_TILE) for spec in biased for engine in ("resident", "streamed")
+    ]
+    tiled = _every(biased, ("bf16", "tf32"), TILED, tile=TILE)
+    edges = _every(biased, ("bf16", "fp32"), ONE) + _every(biased, ("fp32", "fp64"), SINGLE)
+    sizes = [problem for shape in SIZES for problem in _every(biased, ("bf16",), shape)]
+    rest = [problem for shape in SIZES for problem in _every(biased, DTYPES_IN_ORDER, shape)]
+    swapped = _every(variants(), DTYPES_IN_ORDER, SMALL, swap=True)
+    return list(dict.fromkeys([*first(), *modules, *waves, *tiled, *edges, *sizes, *swapped, *rest]))
 
 
-def kernels(problem: Problem) -> list[Kernel]:
-    """What a problem compiles on this GPU."""
+def _every(
+    specs: Iterable[CellSpec],
+    dtypes: Sequence[str],
+    shape: tuple[int, int, int, int],
+    *,
+    swap: bool = False,
+    tile: tuple[int, int] | None = None,
+) -> list[Problem]:
+    """In every dtype by every engine: with biases forward from given states, without reversed from none, or swapped."""
+    return [
+        Problem(spec, engine, dtype, *shape, tile, reverse=spec.bias == swap, states=spec.bias != swap)
+        for spec, dtype, engine in itertools.product(specs, dtypes, ENGINES)
+    ]
+
+
+def sanitized() -> list[Problem]:
+    """Those of `first` in one dtype, for a memory checker: all is slow under it, and these are compiled by then."""
+    return [problem for problem in first() if problem.dtype == "bf16"]
+
+
+LISTS = {"all": on_gpu, "sanitized": sanitized, "interpreted": interpreted}
+
+
+def kernels(problem: Problem, device: str) -> list[Kernel]:
+    """What a problem compiles on this device."""
     import torch
 
     import lstm_triton as lt
 
-    tensors = draw(problem).arguments
+    shapes = {"x": (problem.seq, problem.batch, problem.width)}
+    shapes |= dict.fromkeys(problem.spec.states, (problem.batch, problem.hidden))
+    shapes |= problem.spec.parameters(problem.width, problem.hidden)
+    tensors = {name: torch.empty(size, dtype=DTYPES[problem.dtype], device=device) for name, size in shapes.items()}
     with precision(problem.dtype):
-        on_device = [None if value is None else torch.empty_like(value, device="cuda") for value in tensors.values()]
-        plan = lt.plan(problem.cell, *on_device, engine=problem.engine, tile=problem.tile)
-    return [(plan, "forward", True), (plan, "backward", True)]
+        plan = lt.plan(problem.spec.cell, **tensors, **problem.spec.options, engine=problem.engine, tile=problem.tile)
+    kinds = (("forward", True), ("forward", False), ("backward", True))
+    directions = (False, True) if problem.module else (problem.reverse,)
+    return [Kernel(plan, name, training, reverse) for reverse in directions for name, training in kinds]
 
 
-def run(problems: Iterable[Problem], device: str, rows: table.Rows, source: str, minutes: float | None) -> bool:
-    """Check each problem that is not among the rows yet; False if the device was lost on the way."""
+def run(
+    problems: Iterable[Problem], device: str, rows: table.Rows, source: str, minutes: float | None, *, early: bool
+) -> bool:
+    """Check each problem that is not among the rows yet; False if the device was lost on the way.
+
+    With `early` kernels are compiled on all cores before they are launched. The problem in hand stands in a file beside
+    the rows: one that ended its process gets a row that says so.
+    """
     deadline = math.inf if minutes is None else time.monotonic() + minutes * 60
+    marker = rows.path.with_suffix(".running")
+    if rows.resumed and marker.exists():
+        key = dict(zip(KEY, marker.read_text().split("\n"), strict=True))
+        rows.add(key | {"status": "error", "detail": "the process ended in this problem", "source": source})
     done = {tuple(row[name] for name in KEY) for row in rows.rows if row["source"] == source}
-    todo = [problem for problem in problems if _key(problem) not in done]
-    prepared = ahead(todo, kernels, BATCH, deadline) if device == "cuda" else iter(todo)
+    todo = [problem for problem in problems if tuple(problem.key.values()) not in done]
+    prepared = ahead(todo, partial(kernels, device=device), BATCH, deadline, overlap=True) if early else iter(todo)
+    timeouts: Counter[str] = Counter()
     for problem in table.progress(prepared, len(todo), "numerics"):
         if time.monotonic() > deadline:
             break
-        row = {**dict(zip(KEY, _key(problem), strict=True)), **_judged(problem, device), "source": source}
-        rows.add(row)
-        if row["status"] == "error" and not alive(device):
+        marker.write_text("\n".join(problem.key.values()))
+        if timeouts[problem.engine] < TIMEOUTS:
+            verdict = _judged(problem, device)
+        else:
+            verdict = {"status": "left", "detail": "its engine's waits keep running out"}
+        timeouts[problem.engine] += "waited in vain" in str(verdict["detail"])
+        rows.add(problem.key | verdict | {"source": source})
+        marker.unlink()
+        if verdict["status"] == "error" and not alive(device):
             return False
     return True
 
 
-def unreached(rows: Iterable[dict[str, str]]) -> list[str]:
-    """Which engines and dtypes of `on_gpu` no row speaks of, an engine a string: "step fp32 fp64"."""
-    reached = {(row["engine"], row["dtype"]) for row in rows}
-    missing: dict[str, list[str]] = {}
-    for engine, dtype in dict.fromkeys((problem.engine, problem.dtype) for problem in on_gpu()):
-        if (engine, dtype) not in reached:
-            missing.setdefault(engine, []).append(dtype)
-    return [" ".join([engine, *dtypes]) for engine, dtypes in missing.items()]
+def unreached(rows: Iterable[dict[str, str]], problems: Iterable[Problem]) -> list[str]:
+    """Which engines, dtypes and variants of `problems` no row speaks of, an engine and dtype a string."""
+    reached = {tuple(row[name] for name in ("engine", "dtype", "cell")) for row in rows}
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for problem in problems:
+        wanted.setdefault((problem.engine, problem.dtype), set()).add(str(problem.spec))
+    missing = []
+    for (engine, dtype), cells in wanted.items():
+        left = [cell for cell in cells if (engine, dtype, cell) not in reached]
+        if left:
+            missing.append(f"{engine} {dtype}" + f" ({len(left)} of {len(cells)} variants)" * (len(left) < len(cells)))
+    return missing
 
 
 def _judged(problem: Problem, device: str) -> dict[str, object]:
     try:
         check = check_engine(problem, device, repeat=device == "cuda")
-    except ValueError as error:
-        return {"status": "refused", "detail": " ".join(str(error).split())[:300]}
     except Exception as error:
-        return {"status": "error", "detail": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, ValueError) and "cannot run" in text:
+            return {"status": "refused", "detail": text}
+        return {"status": "error", "detail": f"{type(error).__name__}: {text}"}
     return check.columns
 
 
@@ -112,7 +194,7 @@ def check_in_interpreter() -> tuple[list[str], bool]:
         "Every engine's kernels in Triton's interpreter, forward and all gradients, against float64. Programs run one "
         "after another there, so the engines that wait (resident, streamed) ran with one program a group:",
         "",
-        table.markdown(rows, FIELDS[:-1]),
+        table.markdown(rows, [name for name in FIELDS if name not in ("form", "source")]),
     ]
     passed = len(rows) == len(interpreted()) and all(row["status"] == "ok" for row in rows)
     if len(rows) != len(interpreted()):
@@ -120,28 +202,30 @@ def check_in_interpreter() -> tuple[list[str], bool]:
     return lines, passed
 
 
-def _key(problem: Problem) -> tuple[str, ...]:
-    tile = "" if problem.tile is None else f"{problem.tile[0]}x{problem.tile[1]}"
-    values = (problem.engine, problem.cell, problem.dtype, problem.seq, problem.batch, problem.hidden, tile)
-    return tuple(str(value) for value in values)
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m lstm_triton.perf.engines", description=__doc__)
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: Triton's interpreter")
+    found.add_argument("--list", choices=tuple(LISTS), help="which problems; as the device by default")
+    found.add_argument("--out", type=Path, required=True, help="CSV file")
+    found.add_argument("--minutes", type=float, help="begin no further problem after this long")
+    found.add_argument("--resume", action="store_true", help="keep the rows in --out made from the same sources")
+    found.add_argument("--no-ahead", action="store_true", help="compile kernels as they are launched, not before")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lstm_triton.perf.engines", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: Triton's interpreter")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file")
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args(arguments)
+    """0 if all that was met is right or refused, 1 if not, DEVICE_LOST if the device went away."""
+    options = parser().parse_args(arguments)
     if options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--device cpu needs TRITON_INTERPRET=1 in the environment")
+        parser().error("--device cpu needs TRITON_INTERPRET=1 in the environment")
     rows = table.Rows(options.out, FIELDS, resume=options.resume)
-    problems = on_gpu() if options.device == "cuda" else interpreted()
+    problems = LISTS[options.list or ("all" if options.device == "cuda" else "interpreted")]()
     source = environment.source_hash()
-    if not run(problems, options.device, rows, source, options.minutes):
+    early = options.device == "cuda" and not options.no_ahead
+    if not run(problems, options.device, rows, source, options.minutes, early=early):
         return DEVICE_LOST
     mine = [row for row in rows.rows if row["source"] == source]
-    return 1 if any(row["status"] in ("failed", "error") for row in mine) else 0
+    return 1 if any(row["status"] in FAULTY for row in mine) else 0
 
 
 if __name__ == "__main__":

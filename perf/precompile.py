@@ -1,7 +1,7 @@
 """Compiling ahead on all cores what a GPU run is about to launch: time on a GPU machine is for the GPU.
 
 The kernels land in Triton's own cache, where the launch finds them. Nothing is compiled while something is timed: a
-batch of plans is compiled, then used.
+batch of plans is compiled, then used. Where nothing is timed, the next batch is compiled meanwhile.
 """
 
 from __future__ import annotations
@@ -11,19 +11,25 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lstm_triton.planner import KernelPlan, LaunchPlan
+    from lstm_triton.plans import KernelPlan, LaunchPlan
 
 Item = TypeVar("Item")
-#: A plan, a direction, and whether the kernel saves for backward.
-Kernel = tuple["LaunchPlan", str, bool]
+
+
+class Kernel(NamedTuple):
+    """What is compiled: one kernel of a plan, whether it saves for backward, and whether time runs backwards."""
+
+    plan: LaunchPlan
+    direction: str
+    training: bool
+    reverse: bool = False
 
 
 @contextlib.contextmanager
@@ -41,37 +47,61 @@ def pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
 
 def identity(plan: LaunchPlan, kernel: KernelPlan) -> object:
     """Equal for what compiles to the same: batch, length and grid are arguments at run time, not other kernels."""
-    compiled = replace(kernel, n_b=0, groups_at_once=0, shared_bytes=0, step_us=0.0, parts=())
+    free = {"n_b": 0, "groups_at_once": 0, "shared_bytes": 0, "step_us": 0.0, "parts": (), "measured_us": None}
     device = plan.device.capability, plan.device.shared_per_program
-    return device, plan.spec, plan.H, plan.dtype, plan.precision, compiled
+    return device, plan.spec, plan.H, plan.dtype, plan.precision, replace(kernel, **free)
 
 
 def ahead(
-    items: Sequence[Item], kernels: Callable[[Item], Iterable[Kernel]], batch: int, deadline: float = math.inf
+    items: Sequence[Item],
+    kernels: Callable[[Item], Iterable[Kernel | tuple[LaunchPlan, str, bool]]],
+    batch: int,
+    deadline: float = math.inf,
+    *,
+    overlap: bool = False,
 ) -> Iterator[Item]:
     """Yield the items, those of each batch only once all kernels of that batch are compiled.
 
-    No batch is begun after `deadline` (by time.monotonic).
+    With `overlap` the batch after it is compiled meanwhile. No batch is begun after `deadline` (by time.monotonic).
     """
+    batches = [items[first : first + batch] for first in range(0, len(items), batch)]
     with pool() as processes:
-        for first in range(0, len(items), batch):
-            if time.monotonic() > deadline:
-                return
-            wanted: dict[object, Kernel] = {}
-            # What cannot be planned or compiled says so when it is launched.
-            for item in items[first : first + batch]:
-                with contextlib.suppress(Exception):
-                    for plan, direction, training in kernels(item):
-                        key = identity(plan, getattr(plan, direction)), training
-                        wanted[key] = plan, direction, training
-            with contextlib.suppress(Exception):
-                list(processes.map(_compile, wanted.values()))
-            yield from items[first : first + batch]
+        begun: dict[int, list[Future[None]]] = {}
+        try:
+            for i, current in enumerate(batches):
+                if time.monotonic() > deadline:
+                    return
+                for j in range(i, min(i + 1 + overlap, len(batches))):
+                    if j not in begun:
+                        begun[j] = []
+                        # Where no compiler runs ahead, the launch compiles.
+                        with contextlib.suppress(BrokenProcessPool):
+                            begun[j] += [
+                                processes.submit(compile_kernel, each) for each in _distinct(batches[j], kernels)
+                            ]
+                with contextlib.suppress(BrokenProcessPool):
+                    for future in begun.pop(i):
+                        future.result()
+                yield from current
+        finally:
+            processes.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(kernel: Kernel) -> None:
+def _distinct(items: Sequence[Item], kernels: Callable[[Item], Iterable[Kernel]]) -> Iterable[Kernel]:
+    wanted: dict[object, Kernel] = {}
+    for item in items:
+        # What cannot be planned says so when it is launched.
+        with contextlib.suppress(Exception):
+            for kernel in (Kernel(*each) for each in kernels(item)):
+                key = identity(kernel.plan, getattr(kernel.plan, kernel.direction)), kernel.training, kernel.reverse
+                wanted[key] = kernel
+    return wanted.values()
+
+
+def compile_kernel(kernel: Kernel | tuple[LaunchPlan, str, bool]) -> None:
+    """Compile one kernel into the cache; one that cannot be compiled is left for its launch to say so."""
     from lstm_triton.launch import compile_ahead
 
-    plan, direction, training = kernel
+    plan, direction, training, reverse = Kernel(*kernel)
     with contextlib.suppress(Exception):
-        compile_ahead(plan, direction, training=training)
+        compile_ahead(plan, direction, training=training, reverse=reverse)

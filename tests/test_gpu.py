@@ -1,19 +1,23 @@
-"""`pytest -m gpu`, on a CUDA device: compiled kernels against the fp64 reference, and what only a device can show."""
+"""`pytest -m gpu`, on a CUDA device: what only a device can show.
+
+The numerics of every variant, engine and dtype are lstm_triton.perf.engines', which gpu-check runs beside these.
+"""
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Iterator
 
 import pytest
 import torch
 from lstm_triton.kernels import sequence
+from lstm_triton.perf.cases import precision
 from lstm_triton.perf.numerics import timeouts_at_once
-from lstm_triton.perf.precompile import Kernel, ahead
-from lstm_triton.perf.providers import precision
-from numerics import CELLS, ENGINES, TOLERANCE, differentiate, problem, relative_error, worst_error
+from lstm_triton.perf.problems import Problem, check_engine
+from numerics import ENGINES, problem, relative_error
 
 import lstm_triton as lt
 from lstm_triton import launch
+from lstm_triton.spec import CellSpec, variants
 
 pytestmark = pytest.mark.gpu
 
@@ -23,9 +27,9 @@ def cuda(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_products() -> Iterator[None]:
+    with precision("fp32"):
+        yield
 
 
 @pytest.mark.parametrize("engine", ["local", "resident", "streamed"])
@@ -109,35 +113,32 @@ def test_lengths_and_batches_compile_nothing_new() -> None:
     assert compiled() == before
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_repeats_bit_for_bit(cell: str, engine: str) -> None:
-    inputs = cuda(problem(cell, 40, 33, 128, dtype=torch.bfloat16))
-    first = differentiate(cell, inputs, None, lt.functional, engine=engine)
-    second = differentiate(cell, inputs, None, lt.functional, engine=engine)
-    for one, other in zip(first[0] + first[1], second[0] + second[1], strict=True):
-        assert torch.equal(one, other)
+def test_tf32_is_followed() -> None:
+    for dtype, products in (("tf32", "tf32"), ("fp32", "ieee")):
+        with precision(dtype):
+            assert lt.plan("lstm", *cuda(problem("lstm", 9, 17, 256))).precision == products
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_tf32(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    inputs = cuda(problem(cell, 9, 17, 256))
-    assert lt.plan(cell, *inputs).precision == "tf32"
-    assert worst_error(cell, inputs) <= 3e-3
+@pytest.mark.parametrize("spec", list(variants()), ids=str)
+def test_the_planner_s_choice(spec: CellSpec) -> None:
+    check = check_engine(Problem(spec, "auto", "bf16", 9, 17, 200, 33, reverse=not spec.bias), "cuda")
+    assert check.passed, check.detail
 
 
-@pytest.mark.parametrize("layer", ["LSTM", "GRU", "RNN"])
-def test_modules_against_cudnn(layer: str) -> None:
+@pytest.mark.parametrize("spec", [spec for spec in variants() if spec.bias], ids=str)
+def test_modules_against_cudnn(spec: CellSpec) -> None:
+    kind = spec.cell.upper()
+    options = {"num_layers": 2, "bidirectional": True, "device": "cuda"}
     torch.manual_seed(0)
-    theirs = getattr(torch.nn, layer)(40, 72, num_layers=2, bidirectional=True, device="cuda")
-    torch.manual_seed(0)
-    ours = getattr(lt, layer)(40, 72, num_layers=2, bidirectional=True, device="cuda")
+    nonlinearity = {"nonlinearity": spec.activation} if spec.cell == "rnn" else {}
+    theirs = getattr(torch.nn, kind)(40, 72, **options, **nonlinearity)
+    ours = getattr(lt, kind)(40, 72, **options, **spec.options)
+    ours.load_state_dict(theirs.state_dict())
     x = torch.randn(11, 5, 40, device="cuda")
     results = []
     for module in (ours, theirs):
         y, state = module(x)
-        loss = y.square().sum() + sum(s.sum() for s in (state if layer == "LSTM" else [state]))
+        loss = y.square().sum() + sum(s.sum() for s in (state if spec.cell == "lstm" else [state]))
         results.append([y, *torch.autograd.grad(loss, list(module.parameters()))])
     assert max(relative_error(*pair) for pair in zip(*results, strict=True)) <= 1e-5
 
@@ -152,40 +153,3 @@ def test_compiled_model() -> None:
     wanted = torch.autograd.grad(loss(x), list(model.parameters()))
     ours = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), list(model.parameters()))
     assert max(relative_error(*pair) for pair in zip(ours, wanted, strict=True)) <= 1e-5
-
-
-ODD, WIDE = (9, 17, 200), (33, 64, 512)
-#: Every engine and cell in two dtypes at an odd shape and in one at a wide shape; the planner's choice in the others.
-GRID = [
-    *product(CELLS, [*ENGINES, "auto"], [torch.bfloat16, torch.float32], [ODD]),
-    *product(CELLS, ["auto"], [torch.float16, torch.float64], [ODD]),
-    *product(CELLS, [*ENGINES, "auto"], [torch.bfloat16], [WIDE]),
-]
-
-
-@pytest.fixture(scope="module")
-def compiled_ahead() -> None:
-    """The grid's kernels, compiled on all cores into the cache in which the launches look."""
-
-    def kernels(entry: tuple) -> list[Kernel]:
-        cell, engine, dtype, shape = entry
-        with precision("fp32"):
-            plan = lt.plan(cell, *cuda(problem(cell, *shape, dtype=dtype)), engine=engine)
-        return [(plan, "forward", True), (plan, "backward", True)]
-
-    assert list(ahead(GRID, kernels, len(GRID))) == GRID
-
-
-@pytest.mark.usefixtures("compiled_ahead")
-@pytest.mark.parametrize(("cell", "engine", "dtype", "shape"), GRID, ids=str)
-def test_agrees_with_reference(cell: str, engine: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    inputs = cuda(problem(cell, *shape, dtype=dtype))
-    try:
-        lt.plan(cell, *inputs, engine=engine)
-    except ValueError as refusal:  # said before anything runs; which ones are refused is the planner's tests' concern
-        with pytest.raises(ValueError, match="cannot run"):
-            getattr(lt.functional, cell)(*inputs, engine=engine)
-        assert "registers" in str(refusal) or "on chip" in str(refusal) or "block_h" in str(refusal)
-        return
-    # Summed over 33 steps, the fp32 result differs from float64's by more than over 5.
-    assert worst_error(cell, inputs, engine=engine) <= 4 * TOLERANCE[dtype]

@@ -1,0 +1,230 @@
+"""One engine on one shape, against float64: outputs, final states, all gradients, and what must hold bit for bit.
+
+What is drawn, called and compared follows from the CellSpec alone, so that a cell or flag that `spec.variants` lists is
+checked like the others. The oracle is `lt.reference` in float64 on the CPU, itself tested against torch.nn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+import lstm_triton as lt
+from lstm_triton.spec import CellSpec
+
+from .cases import DTYPES, precision
+from .numerics import Check, compare, poison_free_memory, timeouts_at_once
+
+#: Layers of a module's problem; in both directions.
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of a function, or of a module of LAYERS layers in both directions."""
+
+    spec: CellSpec
+    engine: str
+    dtype: str
+    seq: int
+    batch: int
+    hidden: int
+    width: int  # of the input
+    tile: tuple[int, int] | None = None
+    reverse: bool = False
+    states: bool = True  # initial states are given; None otherwise
+    module: bool = False
+
+    @property
+    def key(self) -> dict[str, str]:
+        """As a table shows it: equal for no other problem."""
+        form = ["module"] * self.module + ["reverse"] * self.reverse + ["no states"] * (not self.states)
+        return {
+            "engine": self.engine,
+            "cell": str(self.spec),
+            "dtype": self.dtype,
+            "seq": str(self.seq),
+            "batch": str(self.batch),
+            "hidden": str(self.hidden),
+            "width": str(self.width),
+            "tile": "" if self.tile is None else f"{self.tile[0]}x{self.tile[1]}",
+            "form": ", ".join(form),
+        }
+
+    def layer(self, engine: str) -> nn.Module:
+        """The module, its parameters without storage."""
+        kind = {"lstm": lt.LSTM, "gru": lt.GRU, "rnn": lt.RNN}[self.spec.cell]
+        options = {"num_layers": LAYERS, "bidirectional": True, "bias": self.spec.bias, **self.spec.options}
+        return kind(self.width, self.hidden, **options, device="meta", dtype=DTYPES[self.dtype], engine=engine)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The arguments of one call by name, and the gradients by what it returns, in its order."""
+
+    arguments: dict[str, Tensor | None]
+    outer: list[Tensor]
+
+
+def draw(problem: Problem, seed: int = 0) -> Tensors:
+    """Random arguments on the CPU: inputs and states normal, weights as in a freshly made layer, then rounded."""
+    p, generator = problem, torch.Generator().manual_seed(seed)
+    scale = p.hidden**-0.5
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DTYPES[p.dtype])
+
+    def uniform(*shape: int) -> Tensor:
+        return ((torch.rand(shape, generator=generator) * 2 - 1) * scale).to(DTYPES[p.dtype])
+
+    state = (p.batch, p.hidden)
+    output = (p.seq, p.batch, p.hidden)
+    parameters = p.spec.parameters(p.width, p.hidden)
+    if p.module:
+        state, output = (2 * LAYERS, *state), (p.seq, p.batch, 2 * p.hidden)
+        parameters = {name: tuple(weight.shape) for name, weight in p.layer("auto").named_parameters()}
+    arguments: dict[str, Tensor | None] = {"x": normal(p.seq, p.batch, p.width)}
+    arguments |= {name: normal(*state) if p.states else None for name in p.spec.states}
+    arguments |= {name: uniform(*shape) for name, shape in parameters.items()}
+    if p.spec.activation == "relu":
+        _keep_from_the_kink(arguments)
+    return Tensors(arguments, [normal(*output), *(normal(*state) for _ in p.spec.states)])
+
+
+def _keep_from_the_kink(arguments: dict[str, Tensor | None]) -> None:
+    """One input drives every unit far to the one side or the other of zero, where the last bit decides relu's gradient.
+
+    Else 16 bits would decide some otherwise than float64 does, and be no less right.
+    """
+    for name, tensor in arguments.items():
+        if name == "x":
+            tensor[..., 0] = torch.where(tensor[..., 0] < 0, -4, 4)
+        elif "w_ih" in name or "weight_ih" in name:
+            tensor[:, 0] = torch.where(tensor[:, 0] < 0, -1, 1)
+        elif "w_hh" in name or "weight_hh" in name:
+            tensor /= 4
+
+
+def call(
+    problem: Problem, tensors: Tensors, device: str, engine: str, dtype: torch.dtype, *, training: bool = True
+) -> dict[str, Tensor]:
+    """Outputs and final states, by name; in training all gradients, too, computed by `engine` in `dtype`."""
+    leaves = {
+        name: None if value is None else value.detach().to(device, dtype).requires_grad_(training)
+        for name, value in tensors.arguments.items()
+    }
+    with precision(problem.dtype), torch.set_grad_enabled(training):
+        results = _results(problem, leaves, engine)
+        found = dict(zip(("y", "h_n", "c_n"), results, strict=False))
+        if training:
+            present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+            outer = [gradient.to(device, dtype) for gradient in tensors.outer]
+            gradients = torch.autograd.grad(results, list(present.values()), outer)
+            found |= {f"d{name}": gradient for name, gradient in zip(present, gradients, strict=True)}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def _results(problem: Problem, leaves: dict[str, Tensor | None], engine: str) -> tuple[Tensor, ...]:
+    if not problem.module:
+        module = lt.reference if engine == "reference" else lt.functional
+        function = getattr(module, problem.spec.cell)
+        options = {"reverse": problem.reverse, "engine": engine, "tile": problem.tile}
+        return function(**leaves, **problem.spec.options, **options)
+    states = [leaves[name] for name in problem.spec.states]
+    hx = None if states[0] is None else tuple(states) if len(states) > 1 else states[0]
+    weights = {name: leaf for name, leaf in leaves.items() if name not in ("x", *problem.spec.states)}
+    y, final = torch.func.functional_call(problem.layer(engine), weights, (leaves["x"], hx))
+    return (y, *final) if len(states) > 1 else (y, final)
+
+
+@lru_cache(maxsize=1)
+def expected(problem: Problem) -> dict[str, Tensor]:
+    """What every engine should give; engines come one after another, so the last is worth keeping."""
+    return call(problem, draw(problem), "cpu", "reference", torch.float64)
+
+
+def check_engine(problem: Problem, device: str, *, repeat: bool = True) -> Check:
+    """One engine against float64; with `repeat`, also what must not change a bit.
+
+    That is a second run; inference against training; a sequence beside others that are NaN; and, where a tile is given
+    so that every batch runs on the same kernel, a sequence alone.
+    """
+    with timeouts_at_once():
+        return _check_engine(problem, device, repeat)
+
+
+def _check_engine(problem: Problem, device: str, repeat: bool) -> Check:
+    tensors, dtype = draw(problem), DTYPES[problem.dtype]
+
+    def run(tensors: Tensors, *, training: bool = True) -> dict[str, Tensor]:
+        poison_free_memory(device)
+        return call(problem, tensors, device, problem.engine, dtype, training=training)
+
+    got = run(tensors)
+    verdict = compare(got, expected(replace(problem, engine="", tile=None)), problem.dtype)
+    if not verdict.passed or not repeat:
+        return verdict
+    others = {
+        "in a second run": lambda: _changed(got, run(tensors)),
+        "in inference": lambda: _changed(got, run(tensors, training=False)),
+    }
+    if problem.batch > 1:
+        others["beside sequences of NaN"] = lambda: _changed_by_neighbours(problem, tensors, got, run)
+        if problem.tile and not problem.module:
+            others["alone in its batch"] = lambda: _changed_by_being_alone(problem, device)
+    for when, changed in others.items():
+        names = changed()
+        if names:
+            return Check(False, verdict.error, names[0], 0.0, f"{', '.join(names)}: other bits {when}")
+    return verdict
+
+
+def _changed(got: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    return [name for name in other if not torch.equal(got[name], other[name])]
+
+
+def _rows(problem: Problem, results: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """What belongs to some sequences alone: the batch is the last dimension but one."""
+    own = ("y", "h_n", "c_n", "dx", *(f"d{name}" for name in problem.spec.states))
+    return {name: results[name][..., rows, :] for name in own if name in results}
+
+
+def _changed_by_neighbours(
+    problem: Problem, tensors: Tensors, got: dict[str, Tensor], run: Callable[[Tensors], dict[str, Tensor]]
+) -> list[str]:
+    """Which results of the last sequence change when every other sequence of the batch becomes NaN."""
+    arguments = dict(tensors.arguments)
+    for name in ("x", *problem.spec.states):
+        if arguments[name] is not None:
+            arguments[name] = arguments[name].clone()
+            arguments[name][..., :-1, :] = math.nan
+    last = slice(problem.batch - 1, None)
+    other = run(Tensors(arguments, tensors.outer))
+    return _changed(_rows(problem, got, last), _rows(problem, other, last))
+
+
+def _changed_by_being_alone(problem: Problem, device: str) -> list[str]:
+    """Which outputs of the last sequence change when it is the only one.
+
+    Of the recurrence, that is: a matrix product by a library may add up otherwise at another size. So the input is one
+    number of few bits, which makes its product exact in any order.
+    """
+    narrow, dtype = replace(problem, width=1), DTYPES[problem.dtype]
+    arguments = dict(draw(narrow).arguments)
+    for name in ("x", "w_ih"):
+        arguments[name] = arguments[name].bfloat16().to(dtype)
+    if problem.spec.bias:
+        arguments["b_ih"] = torch.zeros_like(arguments["b_ih"])
+    last = slice(problem.batch - 1, None)
+    alone = arguments | {
+        name: None if arguments[name] is None else arguments[name][..., last, :] for name in ("x", *problem.spec.states)
+    }
+    whole, single = (
+        call(problem, Tensors(given, []), device, problem.engine, dtype, training=False) for given in (arguments, alone)
+    )
+    return _changed(_rows(problem, whole, last), single)
