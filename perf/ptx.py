@@ -15,12 +15,14 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from .flow import Instruction, loops
+from .flow import Instruction, loops, nested
 
 _LABEL = re.compile(r"^(\$?[\w$.]+):")
 _STATEMENT = re.compile(r"^(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _REGISTER = re.compile(r"%[a-z]+\d+")
 _PARAMETER = re.compile(r"\[\w+_param_(\d+)")
+_TENSOR = re.compile(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.")
+_SCALAR = re.compile(r"fma\.rn\.f(32|64)")
 _POINTER = re.compile(r"\.param \.u64 \.ptr \.global[^,)]* \w+_param_(\d+)")
 
 
@@ -78,6 +80,22 @@ def ptx_order(ptx: str, published: Collection[int] | None = None) -> list[str]:
         if roles[i] == "load" and i not in loop:
             problems.add((line, "load of published data outside the time loop"))
     return [f"PTX line {line}: {text}" for line, text in sorted(problems)]
+
+
+def products_per_tile(ptx: str) -> int:
+    """Product instructions in the loop over K tiles inside the time loop, of which a trip is one tile; 0 without one.
+
+    Tensor core instructions or, where that loop has none, scalar multiply-adds, packed pairs as two.
+    """
+    kernel = parse(ptx)
+    for time_loop in loops(kernel.successors)[:1]:
+        for loop in nested(kernel.successors, time_loop):
+            opcodes = [kernel.instructions[i].opcode for i in loop]
+            found = sum(bool(_TENSOR.match(opcode)) for opcode in opcodes)
+            found = found or sum(2 if opcode.endswith("x2") else 1 for opcode in opcodes if _SCALAR.match(opcode))
+            if found:
+                return found
+    return 0
 
 
 def parse(ptx: str) -> Kernel:

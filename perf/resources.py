@@ -1,7 +1,8 @@
-"""What the compiler made of each plan's kernels, for any GPU, none needed: registers, spills, instructions.
+"""What the compiler made of each plan's kernels, for any GPU, none needed: registers, spills, the budget of a step.
 
-Exits with status 1 if a kernel spills, needs more shared memory than the target has, or breaks the order of publish and
-wait. Instruction counts are of the time loop, static: each once, those of nested loops not multiplied by their trips.
+Exits with status 1 if a kernel spills, needs more shared memory than the target has, breaks the order of publish and
+wait, or with --baseline is worse than it was. Instructions are those that one warp executes in one time step; cycles
+are an estimate (`budget`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import sass, table
-from .numerics import CELLS, ENGINES
-from .options import choose, numbers, split
+from lstm_triton.planner import ENGINES
+
+from . import baseline, environment, sass, table
+from .budget import budget
+from .cases import CELLS, DTYPES
+from .options import choose, numbers, split, target
 from .precompile import identity, pool
-from .providers import DTYPES
-from .ptx import ptx_order
+from .ptx import products_per_tile, ptx_order
 
 if TYPE_CHECKING:
-    from lstm_triton.planner import KernelPlan, LaunchPlan
+    from lstm_triton.plans import KernelPlan, LaunchPlan
 
 #: "forward" is the one of training, "inference" the same without what backward needs.
 DIRECTIONS = ("forward", "backward", "inference")
@@ -49,42 +52,57 @@ class Row:
     tiles: int
     block_k: int
     split_k: int
+    ahead: int
     stages: int
     warps: int
     grid: int
-    registers: int
-    spill_bytes: int  # stack a thread
-    shared_bytes: int
     shared_plan: int  # the plan's estimate
-    counted: str  # "time loop", or "whole kernel" where the compiler left no loop
-    all: int
-    BAR: int
-    SHFL: int
-    LDS: int
-    LDSM: int
-    MMA: int
-    LDG: int
-    STG: int
-    ATOM: int
-    MUFU: int
+    registers: int = 0
+    spill_bytes: int = 0  # stack a thread
+    shared_bytes: int = 0
+    counted: str = ""  # "time step"; "launch", where a step is one; "whole kernel" where the compiler left no loop
+    k_trips: int = 0  # of the loop over K tiles as compiled, 0 where none is left
+    all: int = 0
+    BAR: int = 0
+    WAIT: int = 0
+    SHFL: int = 0
+    LDS: int = 0
+    STS: int = 0
+    LDSM: int = 0
+    MMA: int = 0
+    TMEM: int = 0
+    LDG: int = 0
+    STG: int = 0
+    ATOM: int = 0
+    LDL: int = 0
+    MUFU: int = 0
+    CVT: int = 0
+    MOVE: int = 0
+    FP: int = 0
+    PRED: int = 0
+    INT: int = 0
+    BRA: int = 0
+    OTHER: int = 0
+    est_cycles: int = 0
     problems: str = ""
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+#: The CSV has all columns; the table on the screen and in Markdown has these, and `problems` where there are any.
+SHOWN = (
+    *("target", "cell", "direction", "dtype", "hidden", "batch", "engine", "tile", "warps", "grid"),
+    *("registers", "spill_bytes", "shared_bytes", "all", "BAR", "MMA", "LDSM", "LDS", "STS", "LDG", "STG", "MUFU"),
+    *("FP", "INT", "est_cycles"),
+)
+NOTE = (
+    "Instructions of one warp in one time step (of engine step: one launch), waiting loops once: all of them, and some "
+    "classes; the CSV has every class. est_cycles is an estimate for a program alone on its SM, and no measurement."
+)
 
 
-def inspect(compiled: Any, plan: LaunchPlan, direction: str) -> Row:
-    """Read one compiled kernel (of `launch.compile_ahead`); `problems` is empty if nothing is wrong with it."""
+def planned(plan: LaunchPlan, direction: str) -> Row:
+    """What is known of a kernel before it is compiled."""
     kernel = _kernel(plan, direction)
-    code = sass.read_cubin(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    problems = []
-    if code.stack_bytes:
-        problems.append(f"spills {code.stack_bytes} bytes a thread")
-    if shared > plan.device.shared_per_program:
-        problems.append(f"needs {shared} bytes of shared memory, the target has {plan.device.shared_per_program}")
-    if kernel.synchronised:
-        problems += ptx_order(compiled.asm["ptx"], {parameter_index(compiled, PUBLISHED[direction])})
     return Row(
         target=plan.device.name,
         cell=plan.spec.cell,
@@ -98,15 +116,44 @@ def inspect(compiled: Any, plan: LaunchPlan, direction: str) -> Row:
         tiles=kernel.tiles,
         block_k=kernel.block_k,
         split_k=kernel.split_k,
+        ahead=kernel.ahead,
         stages=kernel.stages,
         warps=kernel.num_warps,
         grid=kernel.grid,
+        shared_plan=kernel.shared_bytes,
+    )
+
+
+def inspect(compiled: Any, plan: LaunchPlan, direction: str) -> Row:
+    """Read one compiled kernel (of `launch.compile_ahead`); `problems` is empty if nothing is wrong with it."""
+    kernel = _kernel(plan, direction)
+    code = sass.read_cubin(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    depth = plan.H * (plan.spec.gates if direction == "backward" else 1)
+    step = budget(
+        code,
+        launched=kernel.engine == "step",
+        k_tiles=-(-depth // kernel.block_k),
+        products_per_tile=0 if kernel.resident else products_per_tile(compiled.asm["ptx"]),
+        warps=kernel.num_warps,
+        capability=plan.device.capability,
+    )
+    problems = []
+    if code.stack_bytes:
+        problems.append(f"spills {code.stack_bytes} bytes a thread")
+    if shared > plan.device.shared_per_program:
+        problems.append(f"needs {shared} bytes of shared memory, the target has {plan.device.shared_per_program}")
+    if kernel.synchronised:
+        problems += ptx_order(compiled.asm["ptx"], {parameter_index(compiled, PUBLISHED[direction])})
+    return replace(
+        planned(plan, direction),
         registers=code.registers,
         spill_bytes=code.stack_bytes,
         shared_bytes=shared,
-        shared_plan=kernel.shared_bytes,
-        counted="time loop" if code.in_time_loop else "whole kernel",
-        **code.counts,
+        counted=step.counted,
+        k_trips=step.k_trips,
+        **step.counts,
+        est_cycles=step.est_cycles,
         problems="; ".join(problems),
     )
 
@@ -129,34 +176,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="auto", help=f"{lists}: auto, {', '.join(ENGINES)}; default auto")
     parser.add_argument("--direction", default="forward,backward", help=f"{lists}: {', '.join(DIRECTIONS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default: all cores)")
+    parser.add_argument("--baseline", type=Path, help="resources.csv to compare with; status 1 where a row got worse")
     parser.add_argument("--out", type=Path, default=Path("results/resources"), help="folder for CSV and Markdown")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Compile, print the table, write it; 1 if any kernel has a problem or cannot be compiled."""
+    """Compile, print the table, write it; 1 if any kernel has a problem, cannot be compiled or got worse."""
+    before = _baseline(options)
     wanted, refused = plans(options)
     for line in refused:
         print(line)
     jobs = deduplicate(wanted)
     print(f"{len(wanted)} kernels in the grid, {len(jobs)} different ones to compile", flush=True)
-    rows = table.Rows(options.out / "resources.csv", COLUMNS)
+    path = options.out / "resources.csv"
+    rows = table.Rows(path, COLUMNS)
     broken = []
     for results in table.progress(compile_all(list(jobs.values()), options.jobs), len(jobs), "compiled"):
         if isinstance(results, str):
             broken.append(results)
         else:
             rows.add(*(asdict(row) for row in results))
-    rows.rows.sort(key=lambda row: [int(v) if v.isdigit() else v for v in (row[name] for name in COLUMNS[:7])])
-    shown = [name for name in COLUMNS if name != "problems" or any(row["problems"] for row in rows.rows)]
-    text = table.markdown(rows.rows, shown)
-    (options.out / "resources.md").write_text(text + "\n")
-    print(text)
-    print(f"Instructions are counted once each, nested loops (over K, the spin) included: {', '.join(sass.MIX)}.")
-    bad = [row for row in rows.rows if row["problems"]]
+    found = sorted(rows.rows, key=lambda row: [int(v) if v.isdigit() else v for v in (row[name] for name in COLUMNS)])
+    table.Rows(path, COLUMNS).add(*found)  # in the grid's order, whichever was compiled first
+    environment.write(baseline.compiler(), options.out)
+    text = markdown(found)
+    (options.out / "resources.md").write_text(f"{NOTE}\n\n{text}\n")
+    print(f"{text}\n{NOTE}")
+    bad = [row for row in found if row["problems"]]
     for line in broken:
         print(f"FAILED to compile: {line}")
-    print(f"{len(rows.rows)} kernels: {len(bad)} with problems, {len(broken)} not compiled")
-    return 1 if bad or broken or not rows.rows else 0
+    print(f"{len(found)} kernels: {len(bad)} with problems, {len(broken)} not compiled")
+    worse = before.report(found) if before else False
+    return 1 if bad or broken or worse or not found else 0
+
+
+def _baseline(options: argparse.Namespace) -> baseline.Baseline | None:
+    """The table to compare with, if one is asked for; a message and exit status 2 for what is none."""
+    if options.baseline is None:
+        return None
+    if options.engine != "auto":
+        print(f"--engine: expected auto beside --baseline, which holds the planner's choices, got {options.engine!r}")
+        raise SystemExit(2)
+    try:
+        return baseline.read(options.baseline)
+    except (OSError, ValueError) as error:
+        print(f"--baseline: {error}")
+        raise SystemExit(2) from None
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table that people read."""
+    shown = [*SHOWN, *["problems"] * any(row["problems"] for row in rows)]
+    tiles = ({"tile": f"{row['block_b']}x{int(row['block_h']) * int(row['tiles'])}"} for row in rows)
+    return table.markdown([row | tile for row, tile in zip(rows, tiles, strict=True)], shown)
 
 
 Job = tuple["LaunchPlan", str]
@@ -164,15 +236,14 @@ Job = tuple["LaunchPlan", str]
 
 def plans(options: argparse.Namespace) -> tuple[list[Job], list[str]]:
     """Every plan and direction of the grid, and a line for each that the planner refuses."""
-    from lstm_triton.devices import device_named
     from lstm_triton.planner import make_plan
     from lstm_triton.spec import CellSpec
 
-    targets = [device_named(name) for name in split(options.target)]
+    targets = [target("target", name) for name in split(options.target)]
     directions = choose("direction", options.direction, DIRECTIONS)
     found: list[Job] = []
     refused = []
-    for target, cell, dtype, hidden, batch, engine in itertools.product(
+    for device, cell, dtype, hidden, batch, engine in itertools.product(
         targets,
         choose("cells", options.cells, CELLS),
         choose("dtype", options.dtype, DTYPES),
@@ -182,18 +253,10 @@ def plans(options: argparse.Namespace) -> tuple[list[Job], list[str]]:
     ):
         precision = "ieee" if dtype in ("fp32", "fp64") else "tf32"
         try:
-            plan = make_plan(
-                CellSpec(cell),
-                SEQ,
-                batch,
-                hidden,
-                DTYPES[dtype],
-                target,
-                engine=engine,
-                precision=precision,
-            )
+            spec, storage = CellSpec(cell), DTYPES[dtype]
+            plan = make_plan(spec, SEQ, batch, hidden, storage, device, engine=engine, precision=precision)
         except ValueError as error:
-            refused.append(f"no plan for {target.name} {cell} {dtype} H={hidden} B={batch} {engine}: {error}")
+            refused.append(f"no plan for {device.name} {cell} {dtype} H={hidden} B={batch} {engine}: {error}")
             continue
         found += [(plan, direction) for direction in directions]
     return found, refused
@@ -230,8 +293,13 @@ def compile_group(group: list[Job]) -> list[Row] | str:
     except Exception as error:
         what = f"{plan.device.name} {plan.spec.cell} {plan.dtype} H={plan.H} B={plan.B} {direction}"
         return f"{what}: {type(error).__name__}: {error}"
-    kernels = [(other, _kernel(other, direction)) for other, _ in group]
-    return [replace(row, target=other.device.name, batch=other.B, grid=kernel.grid) for other, kernel in kernels]
+    return [_of_plan(row, *job) for job in group]
+
+
+def _of_plan(row: Row, plan: LaunchPlan, direction: str) -> Row:
+    """The row of another plan that needs the same kernel."""
+    known = planned(plan, direction)
+    return replace(row, **{name: getattr(known, name) for name in (*baseline.KEY, *baseline.PLANNED)})
 
 
 def _dtype_name(plan: LaunchPlan) -> str:

@@ -1,57 +1,68 @@
-"""Reading NVIDIA machine code: registers, stack and the instruction mix inside the time loop.
-
-The counts are static: each instruction of the loop once, those of nested loops (over K, and the spin) included and not
-multiplied by their trips. They rank two ways of writing one step; they are not a cycle count.
-"""
+"""Reading NVIDIA machine code: registers, stack, and the instructions that one time step makes a warp execute."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .flow import Instruction, loops, reachable
-
-#: Classes of instructions in the table, by the opcode's first part. MMA is every tensor core instruction (HMMA, DMMA,
-#: HGMMA, UTCHMMA, ...); LDG includes the asynchronous copies from global to shared memory.
-MIX = {
-    "BAR": re.compile(r"BAR$"),
-    "SHFL": re.compile(r"SHFL$"),
-    "LDS": re.compile(r"LDS$"),
-    "LDSM": re.compile(r"LDSM$"),
-    "MMA": re.compile(r".*MMA$"),
-    "LDG": re.compile(r"LDG(STS)?$"),
-    "STG": re.compile(r"STG$"),
-    "ATOM": re.compile(r"(ATOM|RED)G?$"),
-    "MUFU": re.compile(r"MUFU$"),
-}
+from .flow import Instruction, loops, once_through, reachable, way
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+#: The lower half of an encoding ends the instruction's line, the upper half has the next line to itself.
+_UPPER = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 _USAGE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
+_PUBLISH = re.compile(r"(ATOM|RED)G?\b")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Code:
     """What the disassembler says of one kernel."""
 
     registers: int
     stack_bytes: int
-    in_time_loop: bool
-    counts: dict[str, int]
+    instructions: list[Instruction]
+    successors: list[list[int]]  # subroutines apart
+    calls: dict[int, int] = field(default_factory=dict)  # where each call of a subroutine goes
+    loop: set[int] = field(default_factory=set)  # over time; empty where the kernel has no loop
+
+    def step(self, trips: Callable[[set[int]], int], launched: bool = False) -> list[int]:
+        """The instructions of one time step, in order, loops as often as `trips` says.
+
+        The longest way round the time loop that meets no call of a subroutine, unless none is without: subroutines are
+        for what is rare (double precision division by a denormal number), jumps out of the loop for what ends it.
+        launched: a kernel launched once a step, so that all of it belongs to the step.
+        """
+        if self.loop and not launched:
+            main = once_through(self.successors, self.loop, trips, self.calls)
+        else:
+            everything = range(len(self.instructions))
+            ends = {i for i in everything if not self.successors[i]}
+            main = way(
+                self.successors, everything, 0, ends, lambda loop: 1 if loop == self.loop else trips(loop), self.calls
+            )
+        return [i for one in main for i in (one, *self._subroutine(one, trips))]
+
+    def _subroutine(self, call: int, trips: Callable[[set[int]], int]) -> list[int]:
+        if call not in self.calls:
+            return []
+        body = reachable(self.successors, [self.calls[call]])
+        returns = {i for i in body if name(self.instructions[i]) == "RET"}
+        return way(self.successors, sorted(body), self.calls[call], returns, trips)
 
 
 @cache
-def tool(name: str) -> str:
+def tool(program: str) -> str:
     """Path of a CUDA binary tool that Triton's package carries ("cuobjdump" or "nvdisasm")."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / program
     if not path.exists():
-        raise FileNotFoundError(f"this Triton ({triton.__version__}) carries no {name}")
+        raise FileNotFoundError(f"this Triton ({triton.__version__}) carries no {program}")
     return str(path)
 
 
@@ -60,77 +71,65 @@ def read_cubin(cubin: bytes) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = [
-            subprocess.run([tool("cuobjdump"), what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
-        ]
-    return read_listing(*listing)
+        command = [tool("cuobjdump"), "-res-usage", "-sass", file.name]
+        return read_listing(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def read_listing(usage: str, sass: str) -> Code:
-    """The same from the tool's two texts, `cuobjdump -res-usage` and `cuobjdump -sass`."""
-    found = {name: int(value) for name, value in _USAGE.findall(usage)}
+def read_listing(sass: str) -> Code:
+    """The same from the tool's text, `cuobjdump -res-usage -sass`."""
+    found = {what: int(value) for what, value in _USAGE.findall(sass)}
     if "REG" not in found:
         raise ValueError("no register count in cuobjdump's report")
-    instructions, successors = parse(sass)
-    loop = time_loop(instructions, successors)
-    return Code(found["REG"], found["STACK"], bool(loop), mix(instructions, loop or range(len(instructions))))
+    code = Code(found["REG"], found["STACK"], *parse(sass))
+    for i, one in enumerate(code.instructions):
+        # ptxas also writes CALL for a jump out of a loop, to code that never returns.
+        if name(one) == "CALL" and len(code.successors[i]) == 2 and _returns(code, code.successors[i][-1]):
+            code.calls[i] = code.successors[i].pop()
+    code.loop = _time_loop(code)
+    return code
 
 
 def parse(sass: str) -> tuple[list[Instruction], list[list[int]]]:
-    """Instructions of a listing and, for each, the indices of those that may follow it."""
+    """Instructions of a listing and, for each, the indices of those that may follow it; a call's target comes last."""
     instructions: list[Instruction] = []
     at: dict[int, int] = {}
-    for number, text in enumerate(sass.splitlines(), 1):
+    lines = sass.splitlines()
+    for number, text in enumerate(lines, 1):
         if match := _LINE.match(text):
             address, predicate, opcode, operands = match.groups()
             at[int(address, 16)] = len(instructions)
-            instructions.append(Instruction(opcode, operands.strip(), predicate or "", number))
+            upper = _UPPER.match(lines[number]) if number < len(lines) else None
+            control = int(upper[1], 16) if upper else None
+            instructions.append(Instruction(opcode, operands.strip(), predicate or "", number, control))
     if not instructions:
         raise ValueError("no SASS instruction in the listing")
     successors: list[list[int]] = []
     for i, one in enumerate(instructions):
-        name = one.opcode.split(".")[0]
         following = [i + 1] if i + 1 < len(instructions) else []
-        if name in ("BRA", "JMP", "CALL"):
+        if name(one) in ("BRA", "JMP", "CALL"):
             target = at.get(_target(one))
-            conditional = name == "CALL" or one.predicate or _branch_predicate(one)
+            conditional = name(one) == "CALL" or one.predicate or _branch_predicate(one)
             following = (following if conditional else []) + ([] if target is None else [target])
-        elif name in ("EXIT", "RET", "BPT", "KILL") and not one.predicate:
+        elif name(one) in ("EXIT", "RET", "BPT", "KILL") and not one.predicate:
             following = []
         successors.append(following)
     return instructions, successors
 
 
-def time_loop(instructions: list[Instruction], successors: list[list[int]]) -> set[int]:
-    """The loop over time: the one that publishes if programs wait for one another, else the largest.
-
-    Subroutines that it calls (double precision division) belong to it. Empty where the kernel has no loop.
-    """
-    found = loops(successors)
-    if not found:
-        return set()
-    synchronised = [loop for loop in found if any(MIX["ATOM"].match(_class(instructions[i])) for i in loop)]
-    loop = (synchronised or found)[0]
-    for target in [successors[i][-1] for i in loop if _class(instructions[i]) == "CALL"]:
-        called = reachable(successors, [target])
-        # ptxas also writes CALL for a jump out of the loop, to code that never returns.
-        if any(_class(instructions[i]) == "RET" for i in called):
-            loop = loop | called
-    return loop
-
-
-def mix(instructions: list[Instruction], which: set[int] | range) -> dict[str, int]:
-    """How many instructions there are of each class, and in all."""
-    classes = Counter(_class(instructions[i]) for i in which if _class(instructions[i]) != "NOP")
-    counts = {"all": sum(classes.values())}
-    for name, pattern in MIX.items():
-        counts[name] = sum(count for opcode, count in classes.items() if pattern.match(opcode))
-    return counts
-
-
-def _class(instruction: Instruction) -> str:
+def name(instruction: Instruction) -> str:
+    """The opcode's first part."""
     return instruction.opcode.split(".")[0]
+
+
+def _time_loop(code: Code) -> set[int]:
+    """The loop over time: the one that publishes if programs wait for one another, else the largest."""
+    found = loops(code.successors)
+    synchronised = [loop for loop in found if any(_PUBLISH.match(code.instructions[i].opcode) for i in loop)]
+    return next(iter(synchronised or found), set())
+
+
+def _returns(code: Code, target: int) -> bool:
+    return any(name(code.instructions[i]) == "RET" for i in reachable(code.successors, [target]))
 
 
 def _target(instruction: Instruction) -> int:

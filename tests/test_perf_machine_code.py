@@ -1,11 +1,11 @@
-"""Reading what the compiler made: loops and instruction mix in SASS, the order of publish and wait in PTX."""
+"""Reading what the compiler made: loops and the way through them in SASS, the order of publish and wait in PTX."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from lstm_triton.perf import flow, ptx, sass
+from lstm_triton.perf import budget, flow, ptx, sass
 
 pytestmark = pytest.mark.both
 
@@ -15,56 +15,110 @@ LOOP = 0x460 // 16, 0xBC0 // 16  # its time loop: what the last backward branch 
 USAGE = " Function toy:\n  REG:54 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:408 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
 
 
+def once(loop: set[int]) -> int:
+    return 1
+
+
+def listing(*texts: str) -> str:
+    """A disassembly of these instructions, at 0x0, 0x10, ..."""
+    return "\n".join(f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(texts))
+
+
+def counts(code: sass.Code, launched: bool = False) -> dict[str, int]:
+    return budget.counts(code.instructions[i] for i in code.step(once, launched))
+
+
 def test_loops_nest_and_come_largest_first() -> None:
     # 0 -> 1 -> 2 -> 3 -> 1, with 2 <-> 4 inside it; 5 <-> 6 apart; 7 jumps to itself as the trap after a kernel does
     successors = [[1], [2], [3, 4], [1, 5], [2], [6], [5, 7], [7]]
     assert flow.loops(successors) == [{1, 2, 3, 4}, {5, 6}]
+    assert flow.nested(successors, {1, 2, 3, 4}) == [{2, 4}]
     assert flow.reachable(successors, [5]) == {5, 6, 7}
 
 
+def test_way_through_a_loop() -> None:
+    # 1 -> (2 | 3 4) -> 5 -> 1, where 4 leaves the loop for 7 or goes on, and 5 <-> 6 turn inside it
+    successors = [[1], [2, 3], [5], [4], [5, 7], [6, 1], [5], []]
+    loop = {1, 2, 3, 4, 5, 6}
+    assert flow.once_through(successors, loop, once) == [1, 3, 4, 5, 6]
+    assert flow.once_through(successors, loop, lambda nested: 3) == [1, 3, 4, 5, 6, 5, 6, 5, 6]
+    assert flow.once_through(successors, loop, once, avoid={3}) == [1, 2, 5, 6]
+    assert flow.once_through(successors, loop, once, avoid={1}) == [1, 3, 4, 5, 6]  # no way round it
+    assert flow.way(successors, range(8), 0, {7}, once) == [0, 1, 3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="no way"):
+        flow.way(successors, loop, 1, {7}, once)
+
+
+def test_loop_with_two_entries_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 entries"):
+        flow.entry([[1, 2], [2], [1]], {1, 2})
+
+
 def test_recorded_listing() -> None:
-    code = sass.read_listing(USAGE, LISTING)
-    assert (code.registers, code.stack_bytes, code.in_time_loop) == (54, 16, True)
+    code = sass.read_listing(USAGE + LISTING)
+    assert (code.registers, code.stack_bytes) == (54, 16)
     # counted by hand, between the loop's head and its backward branch
-    lines = LISTING.splitlines()
     first, last = LOOP
+    assert min(code.loop) == first and max(code.loop) == last
+    lines = LISTING.splitlines()
     inside = [line.split("*/")[1].split() for line in lines if line.lstrip().startswith("/*")][first : last + 1]
     opcodes = [words[1] if words[0].startswith("@") else words[0] for words in inside]
-    assert code.counts["all"] == len([name for name in opcodes if name != "NOP"])
+    found = counts(code)
+    assert found["all"] == len([opcode for opcode in opcodes if opcode != "NOP"])  # no code in it is rare
     for column, start in {"BAR": "BAR.", "MMA": "HMMA.", "LDSM": "LDSM.", "STG": "STG.", "MUFU": "MUFU."}.items():
-        assert code.counts[column] == sum(name.startswith(start) for name in opcodes) > 0, column
-    assert code.counts["ATOM"] == 1 and code.counts["SHFL"] == 0
+        assert found[column] == sum(opcode.startswith(start) for opcode in opcodes) > 0, column
+    assert found["ATOM"] == 1 and found["SHFL"] == 0
 
 
 def test_whole_kernel_is_counted_where_no_loop_is_left() -> None:
-    straight = "\n".join(
-        f"        /*{16 * i:04x}*/                   {text} ;"
-        for i, text in enumerate(["MOV R1, c[0x0][0x28]", "LDG.E R2, [R4.64]", "MUFU.EX2 R2, R2", "EXIT", "BRA 0x40"])
+    code = sass.read_listing(
+        USAGE + listing("MOV R1, c[0x0][0x28]", "LDG.E R2, [R4.64]", "MUFU.EX2 R2, R2", "EXIT", "BRA 0x40")
     )
-    code = sass.read_listing(USAGE, straight)
-    assert not code.in_time_loop
-    assert code.counts["all"] == 5 and code.counts["LDG"] == 1 and code.counts["MUFU"] == 1
+    assert code.loop == set()
+    found = counts(code)
+    assert found["all"] == 4 and found["LDG"] == 1 and found["MUFU"] == 1  # the trap after EXIT is never met
+
+
+def test_a_launch_is_counted_from_the_first_instruction_to_the_last() -> None:
+    code = sass.read_listing(
+        USAGE + listing("MOV R1, RZ", "MUFU.EX2 R2, R2", "@P0 BRA 0x10", "STG.E [R2.64], R2", "EXIT")
+    )
+    assert counts(code)["all"] == 2
+    assert counts(code, launched=True)["all"] == 5
 
 
 def test_subroutine_called_from_the_loop_belongs_to_it() -> None:
     texts = ["MOV R1, RZ", "CALL.REL.NOINC 0x50", "MUFU.EX2 R2, R2", "@P0 BRA 0x10", "EXIT", "DFMA R2, R2, R2, R2"]
     texts += ["DADD R2, R2, R2", "RET.REL.NODEC R2 0x0", "BRA 0x80"]
-    listing = "\n".join(f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(texts))
-    assert sass.read_listing(USAGE, listing).counts["all"] == 6
+    assert counts(sass.read_listing(USAGE + listing(*texts)))["all"] == 6
 
 
-def test_jump_out_of_the_loop_written_as_a_call_does_not() -> None:
+def test_subroutine_that_a_branch_goes_round_is_for_what_is_rare() -> None:
+    texts = ["MOV R1, RZ", "MUFU.RCP64H R2, R2", "@P1 BRA 0x40", "CALL.REL.NOINC 0x60", "@P0 BRA 0x10", "EXIT"]
+    texts += ["DFMA R2, R2, R2, R2", "RET.REL.NODEC R2 0x0"]
+    found = counts(sass.read_listing(USAGE + listing(*texts)))
+    assert found["all"] == 3 and found["FP"] == 0
+
+
+def test_jump_out_of_the_loop_written_as_a_call_does_not_count() -> None:
     texts = ["MOV R1, RZ", "MUFU.EX2 R2, R2", "@!P2 CALL.REL.NOINC 0x40", "BRA 0x10", "STG.E [R2.64], R2", "EXIT"]
-    listing = "\n".join(f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(texts))
-    counts = sass.read_listing(USAGE, listing).counts
-    assert counts["all"] == 3 and counts["STG"] == 0
+    found = counts(sass.read_listing(USAGE + listing(*texts)))
+    assert found["all"] == 3 and found["STG"] == 0
+
+
+def test_what_a_wait_in_vain_leads_to_is_left_out() -> None:
+    """A poll once, a way out of the loop that gives up not at all."""
+    texts = ["MOV R1, RZ", "LDG.E.STRONG.GPU R2, [R4.64]", "@P0 BRA 0x10", "@P1 BRA 0x70", "STG.E [R6.64], R2"]
+    texts += ["RED.E.ADD.STRONG.GPU [R4.64], R5", "@P2 BRA 0x10", "ATOMG.E.EXCH R2, [R8.64], R9", "EXIT"]
+    found = counts(sass.read_listing(USAGE + listing(*texts)))
+    assert (found["all"], found["LDG"], found["STG"], found["ATOM"]) == (6, 1, 1, 1)
 
 
 def test_empty_listing_is_refused() -> None:
     with pytest.raises(ValueError, match="no SASS instruction"):
-        sass.read_listing(USAGE, "no code here")
+        sass.read_listing(USAGE + "no code here")
     with pytest.raises(ValueError, match="no register count"):
-        sass.read_listing("", LISTING)
+        sass.read_listing(LISTING)
 
 
 BARRIER = "bar.sync 	0;"
@@ -153,3 +207,21 @@ def test_wait_without_acquire_is_found() -> None:
 def test_unknown_label_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown label"):
         ptx.ptx_order(kernel(STEP).replace("$L__BB0_5:", "$L__BB0_6:"))
+
+
+def k_loop(*products: str) -> str:
+    """A kernel whose time loop multiplies in a loop of its own, after one product before it."""
+    blocks = ["$L__BB0_1:", "mul.f32 %r1, %r1, %r1;", "fma.rn.f32 %r2, %r1, %r1, %r2;", "$L__BB0_2:", *products]
+    blocks += ["@%p1 bra $L__BB0_2;", "@%p2 bra $L__BB0_1;", "ret;"]
+    return "\n".join([HEAD, *blocks, "}"])
+
+
+def test_products_of_a_k_tile() -> None:
+    mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r1 };"
+    assert ptx.products_per_tile(k_loop(mma, mma, "fma.rn.f32 %r2, %r1, %r1, %r2;")) == 2
+    assert ptx.products_per_tile(k_loop("fma.rn.f32 %r2, %r1, %r1, %r2;")) == 1
+    assert (
+        ptx.products_per_tile(k_loop("fma.rn.f32x2 %rd2, %rd1, %rd1, %rd2;", "fma.rn.f64 %rd2, %rd1, %rd1, %rd2;")) == 3
+    )
+    assert ptx.products_per_tile(k_loop("add.f32 %r2, %r2, %r2;")) == 0
+    assert ptx.products_per_tile(kernel(STEP)) == 0

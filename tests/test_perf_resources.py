@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lstm_triton.perf import precompile, resources, table
+import triton
+from lstm_triton.perf import baseline, precompile, resources, table
 from lstm_triton.perf.ptx import ptx_order
 
 from lstm_triton.devices import device_named
@@ -42,7 +43,7 @@ def test_inspect_reads_a_compiled_kernel(direction: str) -> None:
     assert (row.target, row.cell, row.direction, row.dtype, row.hidden, row.batch) == (
         "A100", "rnn", direction, "bf16", 64, 16,
     )  # fmt: skip
-    assert row.counted == "time loop" and row.grid > 1 and row.ATOM == 1
+    assert row.counted == "time step" and row.grid > 1 and row.ATOM == 1
     assert row.MMA > 0 and row.LDSM > 0 and row.BAR > 2 and row.LDG > 0 and row.STG > 0
     assert 0 < row.registers <= 255 and 0 < row.shared_bytes <= row.shared_plan
     kernel = getattr(chosen, direction)
@@ -57,7 +58,21 @@ def test_local_kernel_waits_for_nobody() -> None:
 
     chosen = plan(engine="local")
     row = resources.inspect(compile_ahead(chosen, "forward"), chosen, "forward")
-    assert (row.ATOM, row.problems, row.counted) == (0, "", "time loop")
+    assert (row.ATOM, row.problems, row.counted) == (0, "", "time step")
+
+
+@pytest.mark.native
+def test_plans_that_share_a_kernel_share_its_row_but_for_what_is_their_own() -> None:
+    jobs = [(plan("lstm", B=batch, target="sm_90"), "forward") for batch in (16, 64)]
+    (group,) = resources.deduplicate(jobs).values()
+    rows = resources.compile_group(group)
+    assert [(row.batch, row.grid) for row in rows] == [(16, 8), (64, 32)]
+    assert len({(row.registers, row.all, row.est_cycles) for row in rows}) == 1
+    assert all(
+        getattr(row, name) == getattr(resources.planned(*job), name)
+        for row, job in zip(rows, jobs, strict=True)
+        for name in (*baseline.KEY, *baseline.PLANNED)
+    )
 
 
 @pytest.mark.native
@@ -107,9 +122,10 @@ def test_kernels_that_differ_in_nothing_compiled_are_compiled_once() -> None:
     assert len(resources.deduplicate([*wanted, (plan(target="sm_90"), "forward")])) == 3
 
 
-def test_unknown_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="target must be one of"):
+def test_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
         resources.plans(options(target="sm_12"))
+    assert end.value.code == 2 and "--target: target must be one of" in capsys.readouterr().out
 
 
 def test_impossible_plan_is_named_and_the_rest_goes_on() -> None:
@@ -129,8 +145,11 @@ def test_command(tmp_path: Path) -> None:
     assert "4 kernels in the grid, 2 different ones" in done.stdout
     assert "4 kernels: 0 with problems, 0 not compiled" in done.stdout
     rows = table.read(tmp_path / "resources.csv", resources.COLUMNS)
-    assert {(row["direction"], row["batch"]) for row in rows} == {(d, b) for d in ("forward", "backward") for b in "12"}
-    assert (tmp_path / "resources.md").read_text().startswith("| target")
+    assert [(row["direction"], row["batch"]) for row in rows] == [(d, b) for d in ("backward", "forward") for b in "12"]
+    lines = (tmp_path / "resources.md").read_text().splitlines()
+    assert "no measurement" in lines[0] and lines[2].startswith("| target") and len(lines) == 4 + len(rows)
+    assert "est_cycles" in lines[2] and "16x" in lines[4]
+    assert baseline.read(tmp_path / "resources.csv").triton == triton.__version__
 
 
 def test_ahead_yields_everything_in_order_whatever_cannot_be_planned() -> None:
