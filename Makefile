@@ -5,15 +5,16 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv test sweep resources lint clean
+.PHONY: help venv test sweep report resources lint clean
 
 help:
 	@echo "make sweep      time ours against torch.nn into results/ (without a GPU: the CPU path, and numerics)"
+	@echo "make report     figures and an HTML page of results/, into results/report/"
 	@echo "make test       the whole test suite, no GPU needed"
 	@echo "make resources  compile every kernel for several GPUs, no GPU needed: registers, spills, shared memory"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove environments, caches and results"
-	@echo "ARGS is handed on by sweep and resources: make sweep ARGS='--cells lstm --hidden 512'; PYTHON is the interpreter to start from"
+	@echo "ARGS is handed on by sweep, report and resources: make sweep ARGS='--cells lstm --hidden 512'; PYTHON is the interpreter to start from"
 
 # What the environment is made from. It is made anew when this changes, and when making it did not finish.
 MADE_FROM = { $(PYTHON) -VV; pwd; cat constraints.txt pyproject.toml; }
@@ -32,6 +33,9 @@ test: venv
 
 sweep: venv
 	$(BIN)/python -m lstm_triton.perf sweep --out results/ $(ARGS)
+
+report: venv
+	$(BIN)/python -m lstm_triton.perf report results/ --out results/report $(ARGS)
 
 resources: venv
 	$(BIN)/python -m lstm_triton.perf resources --out perf/results/resources $(ARGS)
