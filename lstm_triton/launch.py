@@ -282,13 +282,13 @@ def _synchronisation(kernel: KernelPlan, like: Tensor) -> Iterator[tuple[Tensor 
             yield None, None
             return
         error = _error_word(like.device)
-        _raise_timeout(error)
+        _raise_if_set(error)
         yield torch.zeros(kernel.n_b * sync.COUNTER_STRIDE.value, dtype=torch.int32, device=like.device), error
         if INTERPRETED:
-            _raise_timeout(error)
+            _raise_if_set(error)
         elif torch.is_anomaly_enabled():
             torch.cuda.current_stream().synchronize()
-            _raise_timeout(error)
+            _raise_if_set(error)
 
 
 @cache
@@ -297,7 +297,12 @@ def _error_word(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
-def _raise_timeout(error: Tensor) -> None:
+def raise_timeout(device: torch.device) -> None:
+    """Raise if a wait ran out in a kernel that has ended on this device (and was not reported yet)."""
+    _raise_if_set(_error_word(device))
+
+
+def _raise_if_set(error: Tensor) -> None:
     if error.item():
         error.zero_()
         raise RuntimeError(

@@ -165,7 +165,6 @@ class _Sequence(torch.autograd.Function):
         dx_gates = da.view(T * B, -1)[:, : G * H]
         dh_gates = da[..., h_slot * H :]
         if h_slot:  # the GRU's slots by the input lie in the order n, r, z
-            order = [1, 2, 0]
             w_ih = torch.cat((w_ih[2 * H :], w_ih[: 2 * H]))
         needs_x, needs_h0, needs_c0, needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh = ctx.needs_input_grad[:7]
         dx = dw_ih = dw_hh = db_ih = db_hh = None
@@ -174,11 +173,11 @@ class _Sequence(torch.autograd.Function):
         if needs_w_ih:
             dw_ih = dx_gates.t() @ x.reshape(T * B, I)
             if h_slot:
-                dw_ih = dw_ih.view(G, H, I)[order].view(G * H, I)
+                dw_ih = torch.cat((dw_ih[H:], dw_ih[:H]))
         if needs_b_ih:
             db_ih = dx_gates.sum(0)
             if h_slot:
-                db_ih = db_ih.view(G, H)[order].view(G * H)
+                db_ih = torch.cat((db_ih[H:], db_ih[:H]))
         if needs_w_hh:
             first, rest, before = (
                 (T - 1, slice(0, T - 1), slice(1, T)) if reverse else (0, slice(1, T), slice(0, T - 1))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lstm_triton.launch import raise_timeout
+
 from .cases import MODES, Case, inputs, oracle, precision, runner
 from .floor import floor
 from .memory import peak_mib, saved_mib
-from .numerics import Check, LayerReference, alive, check_layer, compare, timeouts_at_once
+from .numerics import Check, LayerReference, alive, check_layer, compare
 from .providers import PROVIDERS, absence, build, label
 from .timing import Run, Timing, capture, clock_for, host_us, race
 
@@ -60,7 +62,7 @@ class Judge:
         self.clock = clock_for(device)
         self.reference = LayerReference()
         self.absences: dict[str, str] = {}
-        self.uncapturable: dict[str, str] = {}
+        self.uncapturable: dict[tuple[str, str, str], str] = {}  # by provider, cell and mode
         self.drawn: tuple[Case, nn.Module, Tensor, Tensor] | None = None
 
     def __call__(self, case: Case, providers: list[str]) -> dict[str, Verdict]:
@@ -135,36 +137,30 @@ class Judge:
 
     def _time(self, case: Case, entries: list[_Entry]) -> list[_Entry]:
         """Time side by side; returns those that came through."""
-        timed = race({entry.name: entry.run for entry in entries}, self.clock, self.seconds, alive=self._alive)
+        runs = {entry.name: entry.run for entry in entries}
+        timed = race(runs, self.clock, self.seconds, alive=self._alive, check=self._waited)
         mhz = self.clock.mhz() if entries else ""
         for entry in entries:
             found = timed.get(entry.name)
-            if isinstance(found, dict) and entry.ours:
-                found = self._waited(entry) or found
             if isinstance(found, Exception):
                 self._fail(entry.verdict, found, "timing: ")
-            timed[entry.name] = found
         times = {name: found for name, found in timed.items() if isinstance(found, dict)}
         for entry in entries:
             if entry.name in times:
                 entry.verdict |= self._columns(case, times[entry.name], times.get("torch")) | {"clock_mhz": mhz}
         return [entry for entry in entries if entry.name in times]
 
-    def _waited(self, entry: _Entry) -> Exception | None:
-        """A wait between programs that ran out while it was timed is this case's, not the next one's."""
-        try:
-            with timeouts_at_once():
-                entry.run()
-        except Exception as error:
-            return error
-        return None
+    def _waited(self, name: str) -> None:
+        """Raise if a wait between programs ran out in what ran last: it is this provider's, not the next one's."""
+        if self.device == "cuda" and is_ours(name):
+            raise_timeout(torch.device(self.device, torch.cuda.current_device()))
 
     def _columns(self, case: Case, times: dict[str, Timing], torch_times: dict[str, Timing] | None) -> Verdict:
         cold = times["cold"]
         found = _times("", cold) | {"rounds": cold.rounds}
         found |= _times("warm_", times["warm"]) if "warm" in times else {}
         found["us_per_step"] = f"{cold.median_ms * 1e3 / case.seq / case.layers:.3f}"
-        found["ratio"] = f"{torch_times['cold'].median_ms / cold.median_ms:.4g}" if torch_times else ""
+        found["ratio"] = f"{torch_times['cold'].median_ms / cold.median_ms:#.4g}" if torch_times else ""
         if self.model:
             least = floor(case, self.model)
             found |= {"floor_us": f"{least.us_per_step:.3f}", "to_floor": f"{cold.median_ms / least.ms:.2f}"}
@@ -182,6 +178,7 @@ class Judge:
         for column, cost in costs.items():
             try:
                 entry.verdict[column] = f"{cost():.2f}"
+                self._waited(entry.name)
             except Exception as error:
                 self._note(entry.verdict, column, error)
 
@@ -190,8 +187,8 @@ class Judge:
         replays: dict[str, Run] = {}
         for entry in entries:
             try:
-                if entry.name in self.uncapturable:
-                    raise RuntimeError(f"not tried again after {self.uncapturable[entry.name]}")
+                if (entry.name, case.cell, case.mode) in self.uncapturable:
+                    raise RuntimeError(f"not tried again after {self.uncapturable[entry.name, case.cell, case.mode]}")
                 replay = capture(entry.run)
                 replay.run()
                 self.clock.synchronize()
@@ -201,13 +198,11 @@ class Judge:
                 replays[entry.name] = replay.run
             except Exception as error:
                 if not isinstance(error, torch.OutOfMemoryError):
-                    self.uncapturable.setdefault(entry.name, _short(error))
+                    self.uncapturable.setdefault((entry.name, case.cell, case.mode), _short(error))
                 self._note(entry.verdict, "graph", error)
-        timed = race(replays, self.clock, self.seconds, ("cold",), self._alive)
+        timed = race(replays, self.clock, self.seconds, ("cold",), self._alive, self._waited)
         for entry in entries:
             found = timed.get(entry.name)
-            if isinstance(found, dict) and entry.ours:
-                found = self._waited(entry) or found
             if isinstance(found, Exception):
                 self._note(entry.verdict, "graph", found)
             elif found:

@@ -18,10 +18,11 @@ def peak_mib(run: Run) -> float:
     """Most of the device's memory in use at once during a run, over what was in use before it; its results included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # As asked for: what is allocated also depends on which blocks the cache happened to have.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     run()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MIB
+    return (torch.cuda.memory_stats()["requested_bytes.all.peak"] - before) / MIB
 
 
 def saved_mib(layer: nn.Module, case: Case, x: Tensor, dy: Tensor) -> float:

@@ -96,7 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--constants", type=Path, help="file of device constants (of probe) for planner and floor")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/sweep"), help="folder for CSV, JSON and Markdown")
-    parser.add_argument("--resume", action="store_true", help="keep the rows in --out made from the same sources")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows in --out made from the same sources by the same software; --graph fills no old rows",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -122,7 +126,10 @@ def main(options: argparse.Namespace) -> int:
     use_constants(options.constants)
     found = environment.collect(device)
     print(environment.summary(found), flush=True)
-    rows = table.Rows(options.out / "sweep.csv", FIELDS, resume=options.resume)
+    try:
+        rows = table.Rows(options.out / "sweep.csv", FIELDS, resume=options.resume)
+    except (OSError, ValueError) as error:
+        refuse(f"--out: {error}")
     environment.write(found, options.out)
 
     minutes = options.minutes or (preset.minutes if preset else None)
@@ -224,7 +231,11 @@ def run(
             wanted.insert(0, "torch")  # a ratio is between times taken in turns
         if len(before) < 2:
             marker.write_text("\n".join([*before, str(case)]))
-            verdicts = judge(case, wanted)
+            try:
+                verdicts = judge(case, wanted)
+            except KeyboardInterrupt:  # no fault of the case
+                marker.unlink()
+                raise
         else:
             verdicts = {name: {"status": "error", "detail": "the process ended in this case"} for name in wanted}
         lost = [str(verdict["detail"]) for verdict in verdicts.values() if verdict.pop("lost", False)]
@@ -242,8 +253,8 @@ def faults(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def current(rows: list[dict[str, str]], found: dict[str, object]) -> list[dict[str, str]]:
-    """The rows made from the same sources, at the same commit, on the same kind of device; of two alike, the later."""
-    same = ("commit", "source", "device")
+    """The rows made from the same sources by the same software on the same kind of device; of two alike, the later."""
+    same = ("commit", "source", "device", "driver", "torch", "triton", "cudnn")
     mine = [row for row in rows if all(row[name] == str(found[name]) for name in same)]
     return list({tuple(row[name] for name in KEY): row for row in mine}.values())
 

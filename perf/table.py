@@ -23,10 +23,15 @@ class Rows:
         self.resumed = resume and path.exists()
         self.rows = read(path, fields) if self.resumed else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        # Beside it first: a kill in here must not take the rows that were there.
+        new = path.with_suffix(".new")
+        with new.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.fields)
             writer.writeheader()
             writer.writerows(self.rows)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
 
     def add(self, *rows: dict[str, object]) -> None:
         """Write rows that belong together at once, and see them on disk."""

@@ -19,8 +19,8 @@ Run = Callable[[], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 WARM_UPS = 2
-#: About half a millisecond in which the host gets ahead of the device.
-HEAD_START_CLOCKS = 1_000_000
+#: About a millisecond in which the host gets ahead of the device.
+HEAD_START_CLOCKS = 2_000_000
 #: Calls timed between two waits for the device: few enough that its queue never fills.
 BURST = 10
 
@@ -77,7 +77,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """Two events around a run, after the device was kept busy for about half a millisecond.
+    """Two events around a run, after the device was kept busy for about a millisecond.
 
     What the host takes to launch a run shows only as far as it exceeds that and the run's own time on the device.
     """
@@ -142,11 +142,12 @@ def race(
     seconds: float,
     states: Sequence[str] = (),
     alive: Callable[[], bool] = lambda: True,
+    check: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[str, Timing] | Exception]:
     """Time each of `runs` from each of the cache's states, spending about `seconds` on it and at least MIN_ROUNDS.
 
     The runs take turns, every second round backwards. One that raises drops out, and its exception is its result; if
-    the device is not `alive` after that, the rest have no result.
+    the device is not `alive` after that, the rest have no result. After each lap `check` may raise for the run.
     """
     states = states or clock.states
     series = {name: _Series(run, {state: [] for state in states}) for name, run in runs.items()}
@@ -159,10 +160,11 @@ def race(
             start = time.perf_counter()
             try:
                 taken = clock.laps(one.run, states)
+                check(name)
             except Exception as error:
-                one.error = error
+                one.error = error.with_traceback(None)  # whose frames would hold the run's tensors
                 if not alive():
-                    return {name: error}
+                    return {name: one.error}
                 continue
             if turn >= WARM_UPS:
                 one.spent += time.perf_counter() - start
@@ -237,9 +239,19 @@ def capture(run: Run) -> Replay:
                 cause = error
                 raise
     except Exception as error:
-        # Before PyTorch 2.12 the allocator may believe that the capture is still under way; if not, this is refused.
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        _failed.append(graph)
+        if error is not cause:  # the capture could not be ended
+            _failed.append(graph)
+            _put_right(pool)
         raise (cause or error) from None
     return Replay(graph.replay, results)
+
+
+def _put_right(pool: Any) -> None:
+    """Before PyTorch 2.12 the allocator and the random generator believe that such a capture is still under way."""
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with contextlib.suppress(RuntimeError):
+        word = torch.empty(1, device="cuda")
+        # One that ends tells the generator so, for all of them.
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=torch.cuda.graph_pool_handle(), stream=torch.cuda.Stream()):
+            word.zero_()

@@ -55,11 +55,9 @@ class FakeCuda:
     def reset_peak_memory_stats(self) -> None:
         self.log.append("reset peak")
 
-    def memory_allocated(self) -> int:
-        return 100 << 20
-
-    def max_memory_allocated(self) -> int:
-        return (100 << 20) + self.allocated
+    def memory_stats(self) -> dict[str, int]:
+        before = 100 << 20
+        return {"requested_bytes.all.current": before, "requested_bytes.all.peak": before + self.allocated}
 
     # streams and graphs
     def Stream(self) -> SimpleNamespace:
@@ -131,6 +129,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def rehearse(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """A Judge for "cuda" then runs through: torch.nn on the CPU stands for every provider, with plans made up."""
     cuda = install(monkeypatch)
+    monkeypatch.setattr(judge, "raise_timeout", lambda device: None)
     monkeypatch.setattr(judge, "inputs", lambda case, device: inputs(case, "cpu"))
     monkeypatch.setattr(judge, "build", built())
     monkeypatch.setattr(judge, "label", lambda name, case, device: f"plan of {name}")

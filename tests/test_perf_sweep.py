@@ -32,6 +32,10 @@ SMALL = Case("lstm", "fp32", "inference", 2, 8, 5)
 Verdicts = dict[str, dict[str, object]]
 
 
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
 class Judge:
     """Passes everything, and dies in the cases it is told to."""
 
@@ -42,7 +46,7 @@ class Judge:
 
     def __call__(self, case: Case, providers: list[str]) -> Verdicts:
         if case in self.deadly:
-            raise KeyboardInterrupt
+            raise KilledError
         self.judged.append(case)
         self.asked.append(providers)
         return {name: {"status": "ok", "median_ms": "1.0000"} for name in providers}
@@ -59,7 +63,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 
 def test_resume_after_a_kill_does_what_is_left_once(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KilledError):
         sweep.run(CASES, BOTH, rows_at(tmp_path, resume=False), FOUND, Judge(CASES[2]))
     csv = tmp_path / "sweep.csv"
     assert len(csv.read_text().splitlines()) == 1 + 4
@@ -96,7 +100,7 @@ def test_rows_of_other_code_or_another_device_do_not_count(changed: str, tmp_pat
 
 def test_case_that_ends_the_process_twice_gets_a_row_and_is_left(tmp_path: Path) -> None:
     for resume in (False, True):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             sweep.run(CASES, BOTH, rows_at(tmp_path, resume), FOUND, Judge(CASES[1]))
     third = Judge(CASES[1])
     rows = rows_at(tmp_path)
@@ -327,3 +331,38 @@ def test_command_on_the_cpu(tmp_path: Path) -> None:
     assert {"sweep.csv", "sweep.md", "environment.json"} == {path.name for path in tmp_path.iterdir()}
     for engine in ("local", "resident", "streamed", "step"):
         assert sum(line.startswith(f"| {engine}") and "| ok" in line for line in done.stdout.splitlines()) == 3
+
+
+def test_interrupted_case_is_not_at_fault(tmp_path: Path) -> None:
+    def interrupted(case: Case, providers: list[str]) -> Verdicts:
+        raise KeyboardInterrupt
+
+    for resume in (False, True, True):
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run(CASES[:1], BOTH, rows_at(tmp_path, resume), FOUND, interrupted)
+    again = Judge()
+    sweep.run(CASES[:1], BOTH, rows_at(tmp_path), FOUND, again)
+    assert again.judged == CASES[:1]
+
+
+def test_resume_onto_other_columns_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.csv").write_text("a,b\n1,2\n")
+    options = parsed("--device", "cpu", "--out", str(tmp_path), "--resume")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setenv("TRITON_INTERPRET", "0")
+        sweep.main(options)
+    assert stopped.value.code == 2 and "other columns" in capsys.readouterr().out
+    assert (tmp_path / "sweep.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_kill_while_the_old_rows_are_written_back_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep.run(CASES, BOTH, rows_at(tmp_path, resume=False), FOUND, Judge())
+    before = (tmp_path / "sweep.csv").read_text()
+
+    def killed(descriptor: int) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KilledError):
+        rows_at(tmp_path)
+    assert (tmp_path / "sweep.csv").read_text() == before
