@@ -80,8 +80,8 @@ PROVIDERS: dict[str, Provider] = {
     "ours": _ours("auto"),
     **{f"ours:{engine}": _ours(engine) for engine in ENGINES},
     "torch": Provider(
-        "torch.nn: on a GPU cuDNN, with the algorithm that PyTorch picks (inferred from its source), and its weights in "
-        "one piece in bf16 as well, where PyTorch would copy them at every call; on the CPU ATen.",
+        "torch.nn: on a GPU cuDNN, with the algorithm that PyTorch picks (inferred from its source), its weights in "
+        "one piece, in bf16 too, where PyTorch would copy them at every call; on the CPU ATen.",
         _torch,
     ),
     "loop": _peer("a Python loop over the cell in eager PyTorch, its input product done once before.", peers.loop),

@@ -47,6 +47,30 @@ def test_cuda_graph(engine: str) -> None:
             assert torch.equal(y, wanted[0])
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_cuda_graph_of_a_training_step(cell: str) -> None:
+    """Forward and backward captured: nothing in them waits for the device."""
+    inputs = [tensor.requires_grad_() for tensor in cuda(problem(cell, 12, 8, 128, dtype=torch.float16))]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y, *_ = getattr(lt.functional, cell)(*inputs)
+        return torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    wanted = step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        gradients = step()
+    for gradient in gradients:
+        gradient.zero_()
+    graph.replay()
+    assert all(torch.equal(ours, want) for ours, want in zip(gradients, wanted, strict=True))
+
+
 def test_side_stream() -> None:
     inputs = cuda(problem("lstm", 12, 8, 128))
     wanted = lt.functional.lstm(*inputs)[0]

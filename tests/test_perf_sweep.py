@@ -229,7 +229,7 @@ def test_quick_on_a_gpu(
     monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: start))
     options = parsed("--preset", "quick", "--graph", "--seconds", "0.01", "--out", str(tmp_path))
     assert sweep.main(options) == 0
-    assert gpu_machine["deadline"] == start + 4.5 * 60 and gpu_machine["todo"] == presets.quick()
+    assert gpu_machine["deadline"] == start + 4.25 * 60 and gpu_machine["todo"] == presets.quick()
     rows = table.read(tmp_path / "sweep.csv", sweep.FIELDS)
     assert len(rows) == 3 * 2 and all(row["status"] == "ok" and row["graph_ms"] for row in rows)
     out = capsys.readouterr().out
