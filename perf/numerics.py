@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +78,10 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], dtype: str) -> Chec
 
 
 class LayerReference:
-    """torch.nn in float64 on the same rounded weights and inputs; keeps the last results for the case's other modes."""
+    """torch.nn in float64 on the same rounded weights and inputs; keeps the last results for the case's other modes.
+
+    On ATen's own kernels, step by step: cuDNN is among those that are judged.
+    """
 
     def __init__(self) -> None:
         self.shape: tuple[object, ...] = ()
@@ -90,10 +94,20 @@ class LayerReference:
             self.shape, self.results = (), {}
             exact = copy.deepcopy(layer).to(x.device, x.dtype).to(reference_dtype(case, x))
             dtype = next(exact.parameters()).dtype
-            with precision("fp32"):
+            with precision("fp32"), without_cudnn():
                 results = runner(exact, replace(case, mode=MODES[-1]), x.to(dtype), dy.to(dtype))()
             self.shape, self.results = shape, {name: value.detach() for name, value in results.items()}
         return {name: value for name, value in self.results.items() if case.gradients or name[0] != "d"}
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """In here PyTorch does not use cuDNN."""
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def reference_dtype(case: Case, x: Tensor) -> torch.dtype:
