@@ -15,6 +15,8 @@ from .problems import Problem
 
 #: Lines of the report at most; a log's last hundred hold it.
 REPORT_LINES = 95
+#: And characters of what the parts say.
+REPORT_CHARACTERS = 10_500
 PASSED, UNFINISHED, FAILED, ABSENT = "passed", "unfinished", "FAILED", "absent"
 WORTH_NAMING = FAILED, UNFINISHED, ABSENT
 
@@ -45,6 +47,8 @@ def report(outcomes: Mapping[str, Outcome], note: str = "", limit: float = REPOR
         more = max(0, min(len(outcome.lines) - kept[name], room))
         kept[name] += more
         room -= more
+    while limit < math.inf and _characters(outcomes, kept) > REPORT_CHARACTERS:
+        kept[max(kept, key=kept.__getitem__)] -= 1
     lines = ["gpu-check" + f": {note}" * bool(note)]
     for name, outcome in outcomes.items():
         lines += ["", f"{name}: {outcome.state}", *outcome.lines[: kept[name]]]
@@ -55,6 +59,10 @@ def report(outcomes: Mapping[str, Outcome], note: str = "", limit: float = REPOR
     wrong = any(named[state] for state in (FAILED, UNFINISHED))
     verdict = "; ".join(found if wrong else ["all parts passed", *found])
     return "\n".join([*lines, f"VERDICT: {verdict}" + f" ({note})" * bool(note)])
+
+
+def _characters(outcomes: Mapping[str, Outcome], kept: Mapping[str, int]) -> int:
+    return sum(len(line) + 1 for name, count in kept.items() for line in outcomes[name].lines[:count])
 
 
 def counted(counts: Counter[str]) -> str:

@@ -76,8 +76,11 @@ def main(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / LOG).unlink(missing_ok=True)
     setting = Setting(options.out, run_process, options.resume, options.rehearse)
-    outcomes = orchestrate(chosen(names, setting), options.minutes * 60)
-    (options.out / "summary.md").write_text(report(outcomes, note, limit=float("inf")) + "\n")
+
+    def seen(outcomes: dict[str, Outcome]) -> None:
+        (options.out / "summary.md").write_text(report(outcomes, note, limit=float("inf")) + "\n")
+
+    outcomes = orchestrate(chosen(names, setting), options.minutes * 60, seen=seen)
     print(report(outcomes, note), flush=True)
     states = {outcome.state for outcome in outcomes.values()}
     return 1 if FAILED in states else OUT_OF_TIME if UNFINISHED in states else 0
@@ -91,11 +94,14 @@ def chosen(names: Sequence[str], setting: Setting) -> list[Part]:
 
 
 def orchestrate(
-    todo: Sequence[Part], seconds: float, clock: Callable[[], float] = time.monotonic
+    todo: Sequence[Part],
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    seen: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
 ) -> dict[str, Outcome]:
     """Run the parts in turn within `seconds`. A part that raises has failed; the next one runs all the same.
 
-    A part may use its share of the whole and whatever earlier parts left over of theirs.
+    A part may use its share of the whole and whatever earlier parts left over of theirs. After each, `seen` is called.
     """
     start = clock()
     allotted = 0.0
@@ -105,11 +111,13 @@ def orchestrate(
         available = start + allotted - clock()
         if available <= 0:
             outcomes[part.name] = Outcome(UNFINISHED, ["not run: no time was left"])
+            seen(outcomes)
             continue
         try:
             outcomes[part.name] = part.run(available)
         except Exception as error:
             outcomes[part.name] = Outcome(FAILED, [f"{type(error).__name__}: {error}"])
+        seen(outcomes)
         found = outcomes[part.name]
         said = next(iter(found.lines), "")[:100]
         print(f"{part.name}: {found.state}, {clock() - start:.0f} s since the start; {said}", flush=True)

@@ -54,7 +54,8 @@ def environment_part(setting: Setting, seconds: float) -> Outcome:
     device = "cpu" if setting.rehearse else "cuda"
     status, output = setting.logged([sys.executable, "-c", COLLECT, device, str(setting.out)], seconds)
     if status != 0:
-        return Outcome(FAILED, [f"exit status {status}: {last_line(output)}"])
+        state = UNFINISHED if status is None else FAILED
+        return Outcome(state, [f"exit status {status}: {last_line(output)}"])
     found = json.loads((setting.out / "environment.json").read_text())
     modules = {name: bool(find_spec(name)) for name in ("pytest", "pandas", "matplotlib", "tqdm", "tabulate")}
     tools = {name: bool(shutil.which(name)) for name in ("nvidia-smi", "ncu")} | {SANITIZER: bool(_sanitizer())}
@@ -112,7 +113,8 @@ def numerics_part(setting: Setting, seconds: float) -> Outcome:
     if any(row["status"] in engines.FAULTY for row in rows) or status not in (0, None):
         return Outcome(FAILED, lines, keep=22)
     right = any(row["status"] == "ok" for row in rows)
-    return Outcome(PASSED if right and not engines.unreached(rows, wanted) else UNFINISHED, lines, keep=22)
+    complete = right and status is not None and not engines.unreached(rows, wanted)
+    return Outcome(PASSED if complete else UNFINISHED, lines, keep=22)
 
 
 def sanitizer_part(setting: Setting, seconds: float) -> Outcome:
@@ -133,7 +135,11 @@ def sanitizer_part(setting: Setting, seconds: float) -> Outcome:
     path.unlink(missing_ok=True)
     # Without PyTorch's cache every tensor is an allocation that the tool knows the ends of.
     status, output = setting.logged([tool, *SANITIZER_OPTIONS, *command], left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return sanitized_outcome(status, output, _read(path, engines.FIELDS), len(problems))
+    rows = _read(path, engines.FIELDS)
+    for name in ("before", "sanitizer"):  # what is worth keeping of these stands in the report
+        for suffix in (".csv", ".running"):
+            (setting.out / name).with_suffix(suffix).unlink(missing_ok=True)
+    return sanitized_outcome(status, output, rows, len(problems))
 
 
 def sanitized_outcome(status: int | None, output: Sequence[str], rows: Sequence[closing.Row], total: int) -> Outcome:
@@ -161,14 +167,15 @@ def sanitized_outcome(status: int | None, output: Sequence[str], rows: Sequence[
 
 def probe_part(setting: Setting, seconds: float) -> Outcome:
     """The constants of the planner's model, measured on this GPU."""
-    folder = setting.out / "probe"
     if not setting.resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "lstm_triton.perf", "probe", "--out", str(folder), *minutes(seconds - MARGIN)]
+        for path in _constants(setting.out):
+            path.unlink()
+    command = [sys.executable, "-m", "lstm_triton.perf", "probe", "--out", str(setting.out)]
+    command += minutes(seconds - MARGIN)
     status, output = setting.logged(command, seconds)
     if setting.rehearse:  # without a GPU it compiles what it would measure with
         return Outcome(PASSED if status == NO_GPU else FAILED, [f"exit status {status}: {last_line(output)}"])
-    path, why = constants(folder)
+    path, why = constants(setting.out)
     telling = [line for line in output if line.startswith(("FAILED", "NOT MEASURED")) or "bound by the host" in line]
     lines = [line[:150] for line in telling]
     lines += closing.probe_lines(json.loads(path.read_text())) if path else [f"no constants: {why}"]
@@ -182,15 +189,18 @@ def probe_part(setting: Setting, seconds: float) -> Outcome:
 def constants(folder: Path) -> tuple[Path | None, str]:
     """The file of device constants in probe's folder, or why there is none that can be used."""
     why = "none were written"
-    for path in sorted(folder.glob("*.json")):
-        if path.name != "environment.json":
-            try:
-                devices.check(json.loads(path.read_text()))
-            except ValueError as error:
-                why = f"{path.name}: {error}"
-            else:
-                return path, ""
+    for path in _constants(folder):
+        try:
+            devices.check(json.loads(path.read_text()))
+        except ValueError as error:
+            why = f"{path.name}: {error}"
+        else:
+            return path, ""
     return None, why
+
+
+def _constants(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if path.name != "environment.json")
 
 
 def sweep_part(setting: Setting, seconds: float) -> Outcome:
@@ -202,7 +212,7 @@ def sweep_part(setting: Setting, seconds: float) -> Outcome:
         command += ["--device", "cpu", *(word for name, value in sizes.items() for word in (f"--{name}", value))]
     else:
         command += ["--device", "cuda", "--preset", "telling"]
-    measured, why = constants(setting.out / "probe")
+    measured, why = constants(setting.out)
     command += ["--constants", str(measured)] if measured else []
     status, ending = setting.restarting(command, seconds, path)
     rows = _read(path, sweep.FIELDS)
@@ -213,6 +223,7 @@ def sweep_part(setting: Setting, seconds: float) -> Outcome:
     lines = [f"ours timed in {len(timed)} of {total} cases; {len(rows)} results: {counts}{ending}"]
     lines.append(f"planned by measured constants, {measured.name}" if measured else f"planned by estimates: {why}")
     lines += closing.sweep_lines(rows)
+    (setting.out / "sweep.md").unlink(missing_ok=True)  # the report has it
     if sweep.faults(rows) or status not in (0, None) or (status == 0 and not timed):
         return Outcome(FAILED, lines, keep=30)
     # The list is longer than any budget: some of it is what the sweep is for.

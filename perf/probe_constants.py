@@ -29,7 +29,7 @@ Timer = Callable[[Launch, int, int], "tuple[float, float]"]
 PLAUSIBLE = {
     "clock_ghz": (0.5, 4),
     "wait_us": (0.2, 20),
-    "l2_bytes_per_clock": (8, 256),
+    "l2_bytes_per_clock": (2, 256),
     "launch_us": (0.2, 100),
     "queued_us": (0.2, 100),
     "cell_us": (0.05, 10),
@@ -39,7 +39,7 @@ PLAUSIBLE = {
     "fp64": (1, 1024),
 }
 #: Clocks for which the device sleeps while the host gets ahead: enough for one launch, or for a whole row of them.
-ONE_LAUNCH, WHOLE_ROW = 2_000_000, 40_000_000
+ONE_LAUNCH, WHOLE_ROW = 4_000_000, 80_000_000
 #: Rounds of a long and a short run each; a slow one has fewer, but no less than ENOUGH, once it took SECONDS.
 ROUNDS, ENOUGH, SECONDS = 9, 3, 2.0
 
@@ -124,7 +124,8 @@ def _l2(sms: int, device: str) -> Iterator[Probe]:
 
 
 def _waits(sms: int, device: str) -> Iterator[Probe]:
-    sizes = [n for n in (2, 4, 8, 16, 32, 64, 128) if n < sms] + [sms]
+    # The largest first: beyond its last point a curve is level.
+    sizes = [sms, *(n for n in (128, 64, 32, 16, 8, 4, 2) if n < sms)]
     for protocol in PROTOCOLS:
         for n in sizes:
             make = partial(launches.Exchange, protocol, n, 512, device)

@@ -18,7 +18,7 @@ import lstm_triton as lt
 from lstm_triton.spec import CellSpec
 
 from .cases import DTYPES, precision
-from .numerics import Check, compare, poison_free_memory, timeouts_at_once
+from .numerics import Check, compare, nan_in_new_memory, timeouts_at_once
 
 #: Layers of a module's problem; in both directions.
 LAYERS = 2
@@ -162,8 +162,8 @@ def _check_engine(problem: Problem, device: str, repeat: bool) -> Check:
     tensors, dtype = draw(problem), DTYPES[problem.dtype]
 
     def run(tensors: Tensors, *, training: bool = True) -> dict[str, Tensor]:
-        poison_free_memory(device)
-        return call(problem, tensors, device, problem.engine, dtype, training=training)
+        with nan_in_new_memory():
+            return call(problem, tensors, device, problem.engine, dtype, training=training)
 
     got = run(tensors)
     verdict = compare(got, expected(replace(problem, engine="", tile=None)), problem.dtype)

@@ -176,16 +176,6 @@ def race(
     }
 
 
-def measure(runs: Mapping[str, Run], device: str, seconds: float) -> dict[str, Timing]:
-    """`race` for runs that are known to work: the times with a cold cache, and what one of them raises is raised."""
-    found = {}
-    for name, result in race(runs, clock_for(device), seconds, ("cold",)).items():
-        if isinstance(result, Exception):
-            raise result
-        found[name] = result["cold"]
-    return found
-
-
 def host_us(run: Run, clock: Clock, seconds: float = 0.05) -> float:
     """Wall time (us) of a call that is not waited for, as its caller sees it: median over many.
 

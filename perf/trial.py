@@ -22,7 +22,7 @@ from .cases import DTYPES
 from .numerics import alive
 from .precompile import compile_kernel, pool
 from .problems import Problem, check_engine
-from .timing import measure
+from .timing import Timing, clock_for, race
 
 #: Steps of a timed run, and of one that is checked against float64 on the CPU.
 SEQ, CHECKED_SEQ = 512, 6
@@ -86,7 +86,7 @@ class Trial:
         launches = [launch_plan(problem, plan) for plan in plans]
         list(self._processes.map(compile_kernel, [(found, task.direction, True) for found in launches]))
         results: dict[KernelPlan, Result] = {}
-        runs: dict[str, Callable[[], object]] = {}
+        runs: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
         data = None
         for i, (plan, found) in enumerate(zip(plans, launches, strict=True)):
             try:
@@ -101,10 +101,29 @@ class Trial:
                 if not alive("cuda"):
                     raise
                 results[plan] = Result("error", detail=short(error))
-        for name, timing in (measure(runs, "cuda", self.seconds * longer) if runs else {}).items():
-            us = (ms * 1e3 / SEQ for ms in (timing.median_ms, timing.p20_ms, timing.p80_ms))
-            results[plans[int(name)]] = Result("ok", *us)
+        for name, found in self._race(runs, longer).items():
+            if isinstance(found, Exception):
+                results[plans[int(name)]] = Result("error", detail=short(found))
+            else:
+                us = (ms * 1e3 / SEQ for ms in (found["cold"].median_ms, found["cold"].p20_ms, found["cold"].p80_ms))
+                results[plans[int(name)]] = Result("ok", *us)
         return results
+
+    def _race(
+        self, runs: dict[str, Callable[[], tuple[Tensor, ...]]], longer: float
+    ) -> dict[str, dict[str, Timing] | Exception]:
+        """Time side by side; a wait that ran out is that schedule's, and what it leaves must be numbers."""
+
+        def check(name: str) -> None:
+            launch.raise_timeout(torch.device("cuda", torch.cuda.current_device()))
+
+        if not runs:
+            return {}
+        found = race(runs, clock_for("cuda"), self.seconds * longer, ("cold",), check=check)
+        for name, run in runs.items():
+            if isinstance(found[name], dict) and not run()[0].isfinite().all():
+                found[name] = ValueError("its results are not finite after it was timed")
+        return found
 
 
 def launch_plan(problem: KernelProblem, plan: KernelPlan) -> LaunchPlan:
@@ -143,7 +162,7 @@ class Data:
         self.y, state, self.extra = self._forward(plan)
         self.zeros = torch.zeros_like(state)
 
-    def run(self, plan: LaunchPlan) -> Callable[[], object]:
+    def run(self, plan: LaunchPlan) -> Callable[[], tuple[Tensor, ...]]:
         """The kernel alone, once over the whole sequence. Forward finds the gates as its last run left them."""
         return partial(self._forward if self.direction == "forward" else self._backward, plan)
 

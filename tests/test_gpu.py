@@ -130,10 +130,10 @@ def test_lengths_and_batches_compile_nothing_new() -> None:
         return sum(len(caches[0]) for caches in sequence.sequence_forward.device_caches.values())
 
     with torch.no_grad():
-        lt.functional.lstm(*cuda(problem("lstm", 4, 6, 64)), engine="resident")
+        lt.functional.lstm(*cuda(problem("lstm", 4, 6, 64, dtype=torch.float16)), engine="resident")
         before = compiled()
         for T, B in ((1, 6), (2, 1), (7, 16), (64, 9)):
-            lt.functional.lstm(*cuda(problem("lstm", T, B, 64)), engine="resident")
+            lt.functional.lstm(*cuda(problem("lstm", T, B, 64, dtype=torch.float16)), engine="resident")
     assert compiled() == before
 
 

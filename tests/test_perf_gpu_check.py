@@ -93,8 +93,7 @@ class Runner:
             source = {"source": environment.source_hash()}
             table.Rows(path, fields[name], resume="--resume" in command).add(*(row | source for row in self.rows))
         if self.entry is not None:
-            (log.parent / "probe").mkdir(exist_ok=True)
-            (log.parent / "probe" / "h200.json").write_text(json.dumps(self.entry))
+            (log.parent / "h200.json").write_text(json.dumps(self.entry))
         return self.statuses.pop(0)
 
     def options(self, i: int = -1) -> argparse.Namespace:
@@ -187,9 +186,8 @@ def entry() -> dict[str, object]:
 
 @pytest.mark.parametrize(("there", "used"), [(True, True), (False, False)])
 def test_sweep_goes_by_measured_constants_that_are_sound(there: bool, used: bool, tmp_path: Path) -> None:
-    (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "environment.json").write_text("{}")
-    (tmp_path / "probe" / "h200.json").write_text(json.dumps(entry() | ({} if there else {"cell_us": -1})))
+    (tmp_path / "environment.json").write_text("{}")
+    (tmp_path / "h200.json").write_text(json.dumps(entry() | ({} if there else {"cell_us": -1})))
     runner = Runner(0, rows=[row()])
     lines = sweep_part(tmp_path, runner).lines
     assert (runner.options().constants is not None) == used
@@ -325,12 +323,11 @@ def test_without_the_memory_checker_the_part_is_absent(tmp_path: Path, monkeypat
 )
 def test_probe_is_summed_up(status: int | None, written: bool, state: str, shown: str, tmp_path: Path) -> None:
     output = "NOT MEASURED, no time was left: cell_us\n" if status == 4 else "measured\n"
-    (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "old.json").write_text(json.dumps(entry()))  # an earlier run's
+    (tmp_path / "old.json").write_text(json.dumps(entry()))  # an earlier run's
     runner = Runner(status, output=output, entry=entry() if written else None)
     outcome = parts.probe_part(Setting(tmp_path, runner), 60.0)
     assert outcome.state == state and any(shown in line for line in outcome.lines), outcome
-    assert runner.options().out == tmp_path / "probe" and runner.options().minutes == pytest.approx(0.67)
+    assert runner.options().out == tmp_path and runner.options().minutes == pytest.approx(0.67)
 
 
 def test_failed_gpu_tests_are_named(tmp_path: Path) -> None:

@@ -107,15 +107,37 @@ def test_numerics_run_where_a_timed_out_wait_is_said_at_once(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_poison_is_nan_in_every_dtype(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = []
+def test_new_memory_is_nan_in_every_dtype(dtype: str) -> None:
+    with numerics.nan_in_new_memory():
+        found = torch.empty(1000, dtype=DTYPES[dtype])
+        others = [torch.empty_like(found), found.new_empty(7, 9)]
+        assert all(tensor.isnan().all() for tensor in (found, *others))
+        assert not torch.zeros(9, dtype=DTYPES[dtype]).any()
+    assert not torch.are_deterministic_algorithms_enabled()
 
-    def full(size: int, value: int, **options: object) -> None:
-        blocks.append(torch.tensor([value] * 8, dtype=options["dtype"]))
 
-    monkeypatch.setattr(torch, "full", lambda size, value, **options: full(size[0], value, **options))
-    numerics.poison_free_memory("cuda")
-    assert blocks and all(block.view(DTYPES[dtype]).isnan().all() for block in blocks)
+def test_layer_that_leaves_an_element_unwritten_is_found() -> None:
+    class Forgetful(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = torch.empty_like(x)
+            y[1:] = x[1:]
+            return y, x[-1:]
+
+    x = torch.randn(5, 2, 8)
+    for _ in range(2):  # the second finds the first one's memory
+        check = numerics.check_layer(Forgetful(), SMALL, x, x, {"y": x, "h_n": x[-1:]})
+        assert not check.passed and check.worst == "y"
+
+
+def test_one_wrong_row_among_many_is_found() -> None:
+    want = torch.randn(200, 17, 130)
+    got = want.clone()
+    got[7, 3, :5] += 1
+    assert numerics.relative_error(got, want) < numerics.TOLERANCE["bf16"][0]
+    check = numerics.compare({"y": got}, {"y": want}, "bf16")
+    assert not check.passed and "one element is off" in check.detail
+    noisy = want + torch.randn_like(want) * 0.9e-2
+    assert numerics.compare({"y": noisy}, {"y": want}, "bf16").passed
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lstm_triton.perf import environment, table, trial, tune
+from lstm_triton.perf.timing import Timing
 from lstm_triton.perf.trial import Result, Task
 
 from lstm_triton import tuning
@@ -134,7 +135,7 @@ def test_trial_judges_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
         def run(self, plan: object) -> object:
-            return plan
+            return lambda: (torch.ones(1),)
 
     def wrong(task: Task, problem: KernelProblem, plan: KernelPlan) -> str:
         found = fate.get(plan, "")
@@ -142,11 +143,19 @@ def test_trial_judges_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
             raise found
         return found
 
-    def measure(runs: dict[str, object], device: str, seconds: float) -> dict[str, object]:
-        assert device == "cuda" and seconds == pytest.approx(0.2)
-        return {name: argparse.Namespace(median_ms=trial.SEQ / 1e3, p20_ms=0.1, p80_ms=9.0) for name in runs}
+    def race(
+        runs: dict[str, object], clock: str, seconds: float, states: tuple[str], check: object
+    ) -> dict[str, object]:
+        assert clock == "clock of cuda" and seconds == pytest.approx(0.2) and states == ("cold",)
+        return {name: {"cold": Timing(trial.SEQ / 1e3, 0.1, 9.0, 5)} for name in runs}
 
-    for name, value in (("Data", Data), ("wrong", wrong), ("measure", measure), ("alive", lambda device: True)):
+    for name, value in (
+        ("Data", Data),
+        ("wrong", wrong),
+        ("race", race),
+        ("clock_for", "clock of {}".format),
+        ("alive", lambda device: True),
+    ):
         monkeypatch.setattr(trial, name, value)
     tried = trial.Trial(0.1)
     tried._processes = Processes()
@@ -155,6 +164,8 @@ def test_trial_judges_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[plans[0]].us == pytest.approx(1.0)
     assert [results[plan].us for plan in plans[1:]] == [float("inf")] * 3
     assert len(compiled) == 4
+    monkeypatch.setattr(Data, "run", lambda self, plan: lambda: (torch.full((1,), torch.nan),))
+    assert tried(TASK, PROBLEM, plans[:1], 2.0)[plans[0]].detail.endswith("not finite after it was timed")
     monkeypatch.setattr(trial, "alive", lambda device: False)
     with pytest.raises(RuntimeError, match="x"):
         tried(TASK, PROBLEM, plans, 2.0)
