@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-#: How a program can learn that the others of its group are done with a step (DESIGN: three, two and one L2 round trip).
+#: How a program can learn that the others of its group are done with a step: in three, two and one L2 round trip.
 PROTOCOLS = ("counter", "flag", "data")
 KINDS = ("half", "tf32", "fp32", "fp64")
 LAUNCHES = ("plain", "cooperative", "graph", "pdl")

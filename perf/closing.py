@@ -18,7 +18,6 @@ REPORT_LINES = 95
 #: And characters of what the parts say.
 REPORT_CHARACTERS = 10_500
 PASSED, UNFINISHED, FAILED, ABSENT = "passed", "unfinished", "FAILED", "absent"
-WORTH_NAMING = FAILED, UNFINISHED, ABSENT
 
 Row = dict[str, str]
 

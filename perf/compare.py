@@ -163,7 +163,7 @@ def differences(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
 def drift(pairs: pd.DataFrame) -> list[str]:
     """What happened to what this code has no part in."""
     lines = [
-        f"{row['provider']} moved by {row['mean change']} (geometric mean): no change of ours explains that."
+        f"{row['provider']} moved by {row['mean change']} (geometric mean), in which no change of ours has a part."
         for row in means(pairs)
         if row["provider"] == "torch" and row["mean change"]
     ]
@@ -186,7 +186,11 @@ def _listing(pairs: pd.DataFrame, most: int | None) -> list[str]:
         }
         for _, row in pairs[~alone].iterrows()
     ]
-    lines = [table.markdown(shown, list(shown[0]))] if shown else ["No cell changed by more than that."]
+    lines = (
+        [table.markdown(shown, list(shown[0]))]
+        if shown
+        else ["No cell changed by more than the threshold and the spread."]
+    )
     for verdict in ("vanished", "new"):
         names = [words(row) for _, row in pairs[pairs["verdict"] == verdict].iterrows()]
         if names:

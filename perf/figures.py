@@ -217,10 +217,10 @@ def host_time(rows: pd.DataFrame) -> Drawing:
     """What a call costs on the CPU, by provider."""
     found = rows[rows["host_us"].notna()]
     if found.empty:
-        return Drawing("", "No figure of host overhead: no row has the CPU time of a call.")
-    title = "CPU time of one call with a single step, by provider"
+        return Drawing("", "No figure of host overhead: no row has the host time of a call.")
+    title = "Host time of one call with a single step, by provider"
     text = "A point for each case, at T = 1; the bar is the median, printed at the right with the number of cases."
-    strips = _strips(found["host_us"], found["provider"], found["mode"], title, "CPU time of a call (µs)")
+    strips = _strips(found["host_us"], found["provider"], found["mode"], title, "host time of a call (µs)")
     return Drawing("host", text, strips)
 
 

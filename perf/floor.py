@@ -1,6 +1,6 @@
 """The floor under a result: the chain of a time step that no schedule can shorten, from a device's constants.
 
-publish -> see -> read the group's rows -> multiply -> cell, once a step (DESIGN: "where the time goes"), with the best
+publish -> see -> read the group's rows -> multiply -> cell, once a step, with the best
 of the waiting protocols and of all ways to cut the layer into programs. Weights are free as far as they
 fit on chip. Products over all time steps (input, dx, weight gradients) are not in it: a schedule could hide them.
 As good as its constants: measured ones (probe) make it a claim about the card, estimates only about the estimates.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -70,8 +71,14 @@ def main(options: argparse.Namespace) -> int:
     """Search; 0 if every candidate's numerics were right, 1 if any failed, NO_GPU without a GPU."""
     import torch
 
-    if options.near < 1:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        refuse("tune times compiled kernels: run it without TRITON_INTERPRET")
+    if not options.near >= 1:
         refuse(f"--near: expected 1 or more, got {options.near:g}")
+    for name in ("seconds", "minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            refuse(f"--{name}: expected a number above zero, got {value:g}")
     tasks = wanted(options)
     use_constants(options.constants)
     if not torch.cuda.is_available():

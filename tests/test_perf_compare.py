@@ -228,4 +228,4 @@ def test_folders_and_the_command_line(tmp_path: Path) -> None:
 
 def test_a_file_against_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(MADE_UP), str(MADE_UP)]) == 0
-    assert "No cell changed by more than that." in capsys.readouterr().out
+    assert "No cell changed by more than the threshold and the spread." in capsys.readouterr().out

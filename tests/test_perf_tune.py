@@ -181,6 +181,7 @@ def test_without_a_gpu_it_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert tune.main(options(tmp_path, "--cells", "gru", "--hidden", "512", "--batch", "16")) == tune.NO_GPU
     text = capsys.readouterr().out
     assert "nothing was measured" in text and "gru backward tf32 H=512 B=16" in text and "estimated" in text
@@ -191,6 +192,9 @@ def test_without_a_gpu_it_says_so(
     ("wrong", "message"),
     [
         (["--near", "0.5"], "--near: expected 1 or more"),
+        (["--near", "nan"], "--near: expected 1 or more"),
+        (["--seconds", "-1"], "--seconds: expected a number above zero"),
+        (["--minutes", "nan"], "--minutes: expected a number above zero"),
         (["--direction", "up"], "--direction: 'up' is none of forward, backward"),
         (["--target", "TPU"], "target must be one of"),
         (["--constants", "/nowhere.json"], "nowhere.json"),
@@ -200,6 +204,7 @@ def test_wrong_options_are_named(
     wrong: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(SystemExit) as stopped:
         tune.main(options(tmp_path, *wrong))
     assert message in f"{stopped.value}{capsys.readouterr().out}"
@@ -227,6 +232,7 @@ def test_whole_command_with_a_stand_in_for_the_gpu(
 
     monkeypatch.setattr(tune, "Trial", Trial)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch, "empty", lambda *arguments, **more: None)
     monkeypatch.setattr("lstm_triton.launch.device_of", lambda tensor: H200)
     monkeypatch.setattr(environment, "collect", lambda device: FOUND | {"python": "recorded"})
