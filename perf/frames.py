@@ -63,9 +63,14 @@ def read(path: Path) -> Result:
     for name in (*WHOLE, *NUMBERS):
         try:
             number = rows[name].replace("", "nan").astype("float64")
-            rows[name] = number.astype("int64") if name in WHOLE else number
         except ValueError as error:
             refuse(f"{file}: column {name}: expected numbers: {error}")
+        # An error may be infinite, that of a result with NaN.
+        wrong = (number < 0) | (np.isinf(number) & (name != "error")) | ((name in WHOLE) & (number % 1 != 0))
+        if wrong.any():
+            expected = "whole numbers" if name in WHOLE else "finite numbers that are not negative"
+            refuse(f"{file}: column {name}: expected {expected}, got {rows[name][wrong].iloc[0]!r}")
+        rows[name] = number.astype("int64") if name in WHOLE else number
     rows["bidirectional"] = rows["bidirectional"] == "True"
     kept = rows.drop_duplicates([*KEY, "device"], keep="last")
     return Result(file, sort(kept), len(rows) - len(kept))

@@ -229,3 +229,28 @@ def test_folders_and_the_command_line(tmp_path: Path) -> None:
 def test_a_file_against_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(MADE_UP), str(MADE_UP)]) == 0
     assert "No cell changed by more than the threshold and the spread." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("median_ms", "-1", "finite numbers that are not negative, got '-1'"),
+        ("peak_mib", "inf", "finite numbers that are not negative, got 'inf'"),
+        ("seq", "1.5", "whole numbers, got '1.5'"),
+        ("batch", "", "whole numbers, got ''"),
+        ("hidden", "many", "expected numbers"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(
+    column: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (Path(__file__).parent / "data" / "made_up_sweep.csv").read_text().splitlines()
+    fields = lines[1].split(",")
+    fields[lines[0].split(",").index(column)] = value
+    path = tmp_path / "sweep.csv"
+    path.write_text("\n".join([lines[0], ",".join(fields), *lines[2:]]) + "\n")
+    with pytest.raises(SystemExit) as stopped:
+        frames.read(path)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().out
+    assert f"column {column}" in said and message in said
