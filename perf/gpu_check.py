@@ -16,8 +16,7 @@ from pathlib import Path
 
 from . import parts
 from .closing import FAILED, UNFINISHED, Outcome, report
-from .options import choose
-from .parts import NO_GPU, OUT_OF_TIME
+from .options import NO_GPU, OUT_OF_TIME, choose
 from .processes import LOG, Setting, run_process
 
 #: Seconds kept back for the closing report.

@@ -16,6 +16,7 @@ from .floor import floor
 from .memory import peak_mib, saved_mib
 from .numerics import Check, LayerReference, alive, check_layer, compare
 from .providers import PROVIDERS, absence, build, label
+from .table import short
 from .timing import Run, Timing, capture, clock_for, host_us, race
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Judge:
             want = self.reference(case, exact, x, dy)
         except Exception as error:
             for name in providers:
-                verdicts[name] = {"status": "error", "detail": f"reference: {_short(error)}"}
+                verdicts[name] = {"status": "error", "detail": f"reference: {short(error)}"}
             self._survived(verdicts[providers[0]])
             return
         entries = []
@@ -122,7 +123,7 @@ class Judge:
             layer = build(name, case, exact.state_dict(), self.device)
         except ValueError as error:
             status = "error" if name in ("ours", "torch") else "refused"
-            verdict |= {"status": status, "detail": _short(error)}
+            verdict |= {"status": status, "detail": short(error)}
             return None
         except Exception as error:
             self._fail(verdict, error)
@@ -198,7 +199,7 @@ class Judge:
                 replays[entry.name] = replay.run
             except Exception as error:
                 if not isinstance(error, torch.OutOfMemoryError):
-                    self.uncapturable.setdefault((entry.name, case.cell, case.mode), _short(error))
+                    self.uncapturable.setdefault((entry.name, case.cell, case.mode), short(error))
                 self._note(entry.verdict, "graph", error)
         timed = race(replays, self.clock, self.seconds, ("cold",), self._alive, self._waited)
         for entry in entries:
@@ -209,12 +210,12 @@ class Judge:
                 entry.verdict |= _times("graph_", found["cold"])
 
     def _fail(self, verdict: Verdict, error: Exception, where: str = "") -> None:
-        verdict |= {"status": "error", "detail": where + _short(error)}
+        verdict |= {"status": "error", "detail": where + short(error)}
         self._survived(verdict)
 
     def _note(self, verdict: Verdict, what: str, error: Exception) -> None:
         """A part that could not be measured, beside the rest that could."""
-        verdict["detail"] = "; ".join(filter(None, (str(verdict.get("detail", "")), f"{what}: {_short(error)}")))
+        verdict["detail"] = "; ".join(filter(None, (str(verdict.get("detail", "")), f"{what}: {short(error)}")))
         self._survived(verdict)
 
     def _survived(self, verdict: Verdict) -> None:
@@ -236,7 +237,3 @@ def _times(prefix: str, timing: Timing) -> Verdict:
     values = timing.median_ms, timing.p20_ms, timing.p80_ms
     names = f"{prefix or 'median_'}ms", f"{prefix}p20_ms", f"{prefix}p80_ms"
     return {name: f"{value:.4f}" for name, value in zip(names, values, strict=True)}
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from lstm_triton.devices import Device
 
 
+#: Exit statuses of a command that needs a CUDA device, and of one whose time ran out before everything was seen.
+NO_GPU, OUT_OF_TIME = 3, 4
+
+
 def refuse(message: str) -> NoReturn:
     """A wrong command line, as argparse has it."""
     print(message)

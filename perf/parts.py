@@ -18,10 +18,9 @@ from lstm_triton import devices
 
 from . import closing, engines, environment, presets, sweep, table
 from .closing import ABSENT, FAILED, PASSED, UNFINISHED, Outcome
+from .options import NO_GPU, OUT_OF_TIME
 from .processes import MARGIN, Setting, last_line, minutes
 
-#: Exit statuses without a CUDA device; and where nothing failed, but time ran out before everything was seen.
-NO_GPU, OUT_OF_TIME = 3, 4
 #: MARGIN under the memory checker, which says what it found at its very end.
 SANITIZER_MARGIN = 30.0
 #: A line of `pytest -v`, and one of its closing summary.

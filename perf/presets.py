@@ -129,7 +129,9 @@ def paper() -> list[Case]:
 
 
 PRESETS = {
-    "quick": Preset(quick, "the most telling cases, on a GPU within 5 minutes (--minutes 4.25)", minutes=4.25),
+    "quick": Preset(
+        quick, "the most telling cases, cut to be done on a GPU within 5 minutes (--minutes 4.25)", minutes=4.25
+    ),
     "default": Preset(lambda: grid(GRID["cuda"]), "the grid that also runs where no preset is named"),
     "full": Preset(lambda: grid(FULL), "every axis, for hours"),
     "paper": Preset(paper, "shapes of published measurements, with all providers", providers="all"),

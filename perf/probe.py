@@ -24,7 +24,7 @@ from lstm_triton.devices import file_name
 from lstm_triton.launch import INTERPRETED
 
 from . import environment, sass, table
-from .options import target
+from .options import NO_GPU, OUT_OF_TIME, target
 from .precompile import pool
 from .probe_constants import (
     Field,
@@ -42,8 +42,6 @@ from .probe_constants import (
 from .probe_launches import Form, Launch
 from .ptx import ptx_order
 
-NO_GPU = 3
-UNFINISHED = 4
 #: Clocks of the spin that measures the clock, about a millisecond; and of the first one, in which the clock goes up.
 SPIN, WARM_UP = 2_000_000, 400_000_000
 #: How often to time a run anew in which the host was late.
@@ -62,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """0 if all was measured, 1 if anything was wrong, UNFINISHED if time ran out, NO_GPU without a GPU."""
+    """0 if all was measured, 1 if anything was wrong, OUT_OF_TIME if time ran out, NO_GPU without a GPU."""
     if options.minutes <= 0:
         print(f"--minutes: expected more than 0, got {options.minutes}")
         raise SystemExit(2)
@@ -167,7 +165,7 @@ def finish(
         path = folder / file_name(entry["name"])
         path.write_text(text)
         print(f"{len(constants)} constants of the {entry['name']} written to {path}")
-    return 1 if bad else UNFINISHED if missing else 0
+    return 1 if bad else OUT_OF_TIME if missing else 0
 
 
 def report(results: Iterable[Result], before: dict[Field, float]) -> list[dict[str, object]]:

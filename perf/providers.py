@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lstm_triton
 from lstm_triton.planner import ENGINES
+from lstm_triton.spec import GATES
 
 from . import cudnn, peers
 from .cases import DTYPES, Case, precision, torch_layer
@@ -145,7 +146,7 @@ def plan(name: str, case: Case, device: str) -> LaunchPlan | None:
     def like(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=DTYPES[case.dtype], device=device)
 
-    rows = {"lstm": 4, "gru": 3, "rnn": 1}[case.cell] * case.hidden
+    rows = len(GATES[case.cell]) * case.hidden
     states = (None, None) if case.cell == "lstm" else (None,)
     w, b = like(rows, case.hidden), like(rows)
     with precision(case.dtype):

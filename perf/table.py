@@ -84,3 +84,8 @@ def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         # In a log each state of the bar is a line's worth.
         interval = 0.5 if sys.stderr.isatty() else 15
         yield from tqdm(items, total=total, desc=what, file=sys.stderr, dynamic_ncols=True, mininterval=interval)
+
+
+def short(error: Exception) -> str:
+    """An exception in a cell of a table: its kind and what it says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

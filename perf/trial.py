@@ -22,6 +22,7 @@ from .cases import DTYPES
 from .numerics import alive
 from .precompile import compile_kernel, pool
 from .problems import Problem, check_engine
+from .table import short
 from .timing import Timing, clock_for, race
 
 #: Steps of a timed run, and of one that is checked against float64 on the CPU.
@@ -178,7 +179,3 @@ class Data:
         return launch.backward(
             plan, self.dy, self.zeros.clone(), self.zeros.clone(), *saved, self.w_hh, reverse=False
         )  # fmt: skip
-
-
-def short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -21,8 +21,8 @@ import lstm_triton
 from lstm_triton import tuning
 
 from . import environment, table
-from .cases import DTYPES
-from .options import choose, numbers, refuse, target, use_constants
+from .cases import CELLS, DTYPES
+from .options import NO_GPU, choose, numbers, refuse, target, use_constants
 from .trial import SCHEDULE, Result, Task, Trial
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from lstm_triton.planner import KernelProblem
     from lstm_triton.plans import KernelPlan
 
-NO_GPU = 3
 #: A winner is faster than the model's choice by this factor at least.
 WORTH = 1.02
-CELLS = ("lstm", "gru", "rnn")
 
 KEY = ("cell", "direction", "dtype", "hidden", "batch")
 FIELDS = (

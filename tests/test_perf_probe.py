@@ -333,7 +333,7 @@ def test_an_exception_is_one_constant_s_and_the_rest_goes_on(tmp_path: Path) -> 
 
 def test_what_time_did_not_allow_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found, _ = measured(tmp_path, faked(), deadline=20.0, step=0.1)
-    assert status == probe.UNFINISHED
+    assert status == probe.OUT_OF_TIME
     assert "NOT MEASURED, no time was left:" in capsys.readouterr().out
     assert found["l2_bytes_per_clock"]["same"] == pytest.approx(64, rel=1e-3)
     assert found["flops_per_clock"] == starting_point("H200", 90)["flops_per_clock"]
