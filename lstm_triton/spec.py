@@ -15,6 +15,9 @@ GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("r", "z", "n"), "rnn": ("h",)}
 #: The activations that each cell's kernels have.
 ACTIVATIONS: dict[str, tuple[Activation, ...]] = {"lstm": ("tanh",), "gru": ("tanh",), "rnn": ("tanh", "relu")}
 
+#: What a byte of `steps` [T, B] says of one step of one row: it counts, and the state is zeroed before it.
+VALID, RESET = 1, 2
+
 #: Defaults of the options that every function and module takes but no kernel implements yet. Asking for anything else
 #: is refused by name, never ignored.
 LATER = {
@@ -44,20 +47,24 @@ LATER = {
 
 @dataclass(frozen=True)
 class CellSpec:
-    """One cell: its kind, its activation and whether it has biases.
+    """One cell: its kind, its activation, whether it has biases, and its projection.
 
     cell: "lstm" (Hochreiter and Schmidhuber 1997, with Gers' forget gate), "gru" (Cho et al. 2014, reset after the
         product, as torch.nn and cuDNN) or "rnn" (Elman 1990).
     activation: "tanh", or "relu" for the rnn.
+    proj: P, the size of the projected h = W_hr (o * tanh(c)) of an LSTM (Sak et al. 2014), or 0 for none.
     """
 
     cell: str
     activation: Activation = "tanh"
     bias: bool = True
+    proj: int = 0
 
     def __post_init__(self) -> None:
         if self.cell not in GATES:
             raise ValueError(f"cell must be one of {', '.join(map(repr, GATES))}, got {self.cell!r}")
+        if self.proj and self.cell != "lstm":
+            raise ValueError(f"proj is for the lstm alone, got proj={self.proj} for {self.cell!r}")
         allowed = ACTIVATIONS[self.cell]
         if self.activation not in allowed:
             raise NotImplementedError(
@@ -81,14 +88,24 @@ class CellSpec:
 
     @property
     def options(self) -> dict[str, object]:
-        """What the functions and modules have to be told beyond their tensors, by argument."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("cell", "bias")}
+        """What the functions have to be told beyond their tensors, by argument."""
+        told_by_tensors = ("cell", "bias", "proj")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in told_by_tensors}
+
+    def output(self, hidden: int) -> int:
+        """Columns of h: P where it is projected, else H."""
+        return self.proj or hidden
+
+    def state_shapes(self, batch: int, hidden: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the states, by name."""
+        return {name: (batch, self.output(hidden) if name == "h0" else hidden) for name in self.states}
 
     def parameters(self, inputs: int, hidden: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one layer's weights, as the functions call them and in their order, for I inputs and H units."""
         rows = self.gates * hidden
         biases = {"b_ih": (rows,), "b_hh": (rows,)} if self.bias else {}
-        return {"w_ih": (rows, inputs), "w_hh": (rows, hidden), **biases}
+        projection = {"w_hr": (self.proj, hidden)} if self.proj else {}
+        return {"w_ih": (rows, inputs), "w_hh": (rows, self.output(hidden)), **biases, **projection}
 
 
 def variants() -> Iterator[CellSpec]:

@@ -25,9 +25,14 @@ ALLOWED = {
     "reference": {"spec"},
     "launch": {"spec", "devices", "plans", "kernels"},
     "ops": {"spec", "plans", "planner", "reference", "launch"},
-    "functional": {"spec", "devices", "plans", "planner", "reference", "launch", "ops"},
-    "modules": {"spec", "functional"},
-    "__init__": {"spec", "planner", "reference", "functional", "modules"},
+    "autograd": {"spec", "reference", "ops"},
+    "host": {"spec", "reference"},
+    "functional": {"spec", "devices", "plans", "planner", "reference", "launch", "ops", "autograd", "host"},
+    "ragged": set(),
+    "modules": {"spec", "functional", "ragged"},
+    "cell_modules": {"spec", "functional", "modules"},
+    "convert": {"modules", "cell_modules"},
+    "__init__": {"spec", "planner", "reference", "functional", "modules", "cell_modules", "convert"},
 }
 
 
