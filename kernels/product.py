@@ -134,6 +134,7 @@ def product_from_registers(
 ):  # fmt: skip
     """Tile TILE of the same product, where the rows are this program's own: a tuple of tiles [BLOCK_B, BLOCK_K]."""
     TILES: tl.constexpr = len(column_ptrs)
+    K_TILES: tl.constexpr = (SEGMENT + BLOCK_K - 1) // BLOCK_K  # of a segment
     if SPLIT_K == 1:
         acc = tl.full((BLOCK_B, N), 0, ACC)
     else:
@@ -143,8 +144,8 @@ def product_from_registers(
             weights = resident[k * TILES + TILE]
         else:
             ptrs, offs_k, mask = weight_tile(column_ptrs[TILE], masks_n[TILE], stride_k, BLOCK_K, SPLIT_K)
-            ptrs += (k // TILES * SEGMENT + k % TILES * BLOCK_K) * stride_k
-            weights = load_tile(ptrs, mask, offs_k, SEGMENT - k % TILES * BLOCK_K, SEGMENT % BLOCK_K != 0)
+            ptrs += (k // K_TILES * SEGMENT + k % K_TILES * BLOCK_K) * stride_k
+            weights = load_tile(ptrs, mask, offs_k, SEGMENT - k % K_TILES * BLOCK_K, SEGMENT % BLOCK_K != 0)
         if SPLIT_K == 1:
             acc = dot(rows[k], weights, acc, DOT, PRECISION)
         else:
@@ -153,3 +154,23 @@ def product_from_registers(
     if SPLIT_K > 1:
         acc = sum_slices(acc, BLOCK_B, N, SPLIT_K)
     return acc
+
+
+@triton.jit
+def product(
+    rows, rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE: tl.constexpr,
+    LOCAL: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tile TILE of rows times weights: LOCAL from this program's own `rows`, else from the group's at rows_ptr."""
+    if LOCAL:
+        return product_from_registers(
+            rows, column_ptrs, masks_n, stride_k, resident, TILE,
+            SEGMENT, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, DOT, ACC, PRECISION,
+        )  # fmt: skip
+    else:
+        return product_from_memory(
+            rows_ptr, row_stride, mask_b, column_ptrs[TILE], masks_n[TILE], stride_k, resident, poison,
+            K, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
+        )  # fmt: skip

@@ -24,7 +24,8 @@ def step(
 ) -> dict[str, float]:  # fmt: skip
     """One step of one program, by cause: rows [block_b, k] times columns [k, n], in a group of `programs`.
 
-    `how` is "plain" or "batched", over slices of k; the cell works on `tiles` tiles, block_b x n gate values in all.
+    `how` is "plain" or "batched", over slices of k; the cell works on `tiles` tiles, block_b x n gate values in all
+    (none: a product alone).
     """
     parts = {}
     if engine == "step":
@@ -35,7 +36,8 @@ def step(
         parts["rows"] = rows(device, block_b, k, itemsize)
     parts["weights"] = weights(device, k, n, itemsize, resident=resident)
     parts["product"] = product(device, kind, block_b, k, n, how)
-    parts["cell"] = cell(device, block_b, n, tiles)
+    if tiles:
+        parts["cell"] = cell(device, block_b, n, tiles)
     return parts
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -89,6 +89,24 @@ def _cuda_device(index: int) -> Device:
     )
 
 
+class Forward(NamedTuple):
+    """What the forward kernel leaves."""
+
+    h: Tensor  # [T, B, P] after each step; where a step does not count, as it was before
+    state: Tensor  # [B, H] after the last step, in fp32 or fp64: c for the LSTM, h for the others
+    extra: Tensor | None  # [T, B, H] what else backward reads: c of the LSTM, W_hn h[t-1] + b_hn of the GRU
+    r: Tensor | None  # [T, B, H] what was projected
+
+
+class Backward(NamedTuple):
+    """What the backward kernel leaves."""
+
+    da: Tensor  # [T, B, D*H] by the pre-activations, 0 where a step does not count
+    dh: Tensor  # [B, P] by h0, without what goes through W_hh
+    dstate: Tensor  # [B, H] by the first state
+    dh_all: Tensor | None  # [T, B, P] by the projected h, all of it; 0 where a step does not count
+
+
 def forward(
     plan: LaunchPlan,
     gates: Tensor,
@@ -97,28 +115,34 @@ def forward(
     h0: Tensor,
     c0: Tensor | None,
     *,
+    w_hr: Tensor | None = None,
+    steps: Tensor | None = None,
     reverse: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    save_states: bool = False,
+) -> Forward:
     """Run the forward kernel. gates [T, B, G*H] holds the input product; in training it comes back activated.
 
-    Returns y [T, B, H], the final state [B, H] (c for the LSTM, h for the others; in fp32 or fp64) and what else
-    backward reads, [T, B, H] or None.
+    steps [T, B] says which steps count and which begin anew (spec.VALID, spec.RESET). save_states asks for c, where the
+    cell has one, outside training as well.
     """
     T, B, _ = gates.shape
     cell = _CELLS[plan.spec.cell, plan.spec.activation]
-    y = gates.new_empty(T, B, plan.H)
-    extra = torch.empty_like(y) if training and cell.save_extra else None
+    save_extra = (training and cell.save_extra) or (save_states and c0 is not None)
+    h = gates.new_empty(T, B, w_hh.shape[1])
+    extra = gates.new_empty(T, B, plan.H) if save_extra else None
+    r = None if w_hr is None else gates.new_empty(T, B, plan.H)
     # A copy even where the dtype fits: the kernel updates it.
     state = (h0 if c0 is None else c0).to(_accumulator(gates.dtype), memory_format=torch.contiguous_format, copy=True)
-    constants = _constants(plan, plan.forward, training) | {"REVERSE": reverse}
-    tensors = (gates, w_hh, b_hh, h0, y, state, extra)
+    flags = {"REVERSE": reverse, "MASKED": steps is not None, "SAVE_EXTRA": save_extra}
+    constants = _constants(plan, plan.forward, training) | flags
+    tensors = (gates, w_hh, b_hh, w_hr, steps, h0, h, state, extra, r)
     with _synchronisation(plan.forward, gates) as waiting:
-        for first, steps in _launches(plan.forward, T):
+        for first, count in _launches(plan.forward, T):
             start = T - 1 - first if reverse else first
-            sizes = (steps, B, start, int(first > 0))
+            sizes = (count, B, start, int(first > 0))
             _run(sequence.sequence_forward, plan.forward, (*tensors, *waiting), sizes, constants)
-    return y, state, extra
+    return Forward(h, state, extra, r)
 
 
 def backward(
@@ -132,46 +156,72 @@ def backward(
     extra: Tensor | None,
     w_hh: Tensor,
     *,
+    w_hr: Tensor | None = None,
+    steps: Tensor | None = None,
+    dcells: Tensor | None = None,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Backward:
     """Run the backward kernel (back-propagation through time).
 
-    dy [T, B, H]; dh_n, dstate_n [B, H] in the accumulator's dtype, overwritten; gates and extra as `forward` left them;
-    states [T, B, H] the state after each step and state0 [B, H] before the first. Returns the gradients by the
-    pre-activations [T, B, D*H], by h0 without what goes through W_hh, and by the first state.
+    dy [T, B, P] and, by the state after each step, dcells [T, B, H], both 0 where a step does not count; dh_n [B, P],
+    dstate_n [B, H] in the accumulator's dtype, overwritten; gates and extra as `forward` left them; states [T, B, H]
+    the state after each step and state0 [B, H] before the first.
     """
     T, B, _ = dy.shape
     cell = _CELLS[plan.spec.cell, plan.spec.activation]
     da = dy.new_empty(T, B, cell.slots * plan.H)
-    constants = _constants(plan, plan.backward, True) | {"REVERSE": reverse}
-    tensors = (dy, gates, states, state0, extra, w_hh, da, dh_n, dstate_n)
+    dh_all = None if w_hr is None else torch.empty_like(dy)
+    flags = {"REVERSE": reverse, "MASKED": steps is not None, "HAS_DCELLS": dcells is not None}
+    constants = _constants(plan, plan.backward, True) | flags
+    tensors = (dy, dcells, gates, states, state0, extra, w_hh, w_hr, steps, da, dh_all, dh_n, dstate_n)
     with _synchronisation(plan.backward, dy) as waiting:
-        for first, steps in _launches(plan.backward, T):
+        for first, count in _launches(plan.backward, T):
             start = first if reverse else T - 1 - first
-            sizes = (steps, B, start, int(first > 0), int(first + steps == T))
+            sizes = (count, B, start, int(first > 0), int(first + count == T))
             _run(sequence.sequence_backward, plan.backward, (*tensors, *waiting), sizes, constants)
-    return da, dh_n, dstate_n
+    return Backward(da, dh_n, dstate_n, dh_all)
 
 
-def compile_ahead(plan: LaunchPlan, direction: str, *, training: bool = True, reverse: bool = False) -> Any:
+def compile_ahead(
+    plan: LaunchPlan,
+    direction: str,
+    *,
+    training: bool = True,
+    reverse: bool = False,
+    masked: bool = False,
+    cells: bool = False,
+    part: int = 0,
+) -> Any:
     """Compile one kernel of `plan` for plan.device, which need not be there; returns triton's CompiledKernel.
 
-    Exactly what a launch would compile: the same source, constants and options. Not under TRITON_INTERPRET=1.
+    masked: with step flags. cells: with every c[t] among the results. part: which of a step's two products, where the
+    step engine projects. Exactly what a launch would compile: the same source, constants and options. Not under
+    TRITON_INTERPRET=1.
     """
     kernel_plan: KernelPlan = getattr(plan, direction)
     kernel = sequence.sequence_forward if direction == "forward" else sequence.sequence_backward
-    constants = _constants(plan, kernel_plan, training) | {"REVERSE": reverse}
-    types = {"counter_ptr": "i32", "error_ptr": "i32"}
+    constants = _constants(plan, kernel_plan, training) | {"REVERSE": reverse, "MASKED": masked}
+    if direction == "forward":
+        constants["SAVE_EXTRA"] |= cells
+    else:
+        constants["HAS_DCELLS"] = cells
+    types = {"counter_ptr": "i32", "error_ptr": "i32", "steps_ptr": "u8"}
     types |= dict.fromkeys(("state_ptr", "dh_ptr", "dstate_ptr"), str(_TRITON_DTYPES[_accumulator(plan.dtype)]))
     types = {name: types.get(name, str(_TRITON_DTYPES[plan.dtype])) for name in kernel.arg_names}
     absent = {
         "b_hh_ptr": direction == "forward" and not constants["HAS_BIAS"],
+        "w_hr_ptr": not constants["PROJECTED"],
+        "steps_ptr": not constants["MASKED"],
+        "r_ptr": not constants["PROJECTED"],
+        "dh_all_ptr": not constants["PROJECTED"],
+        "dcells_ptr": direction == "backward" and not constants["HAS_DCELLS"],
         "extra_ptr": not constants["SAVE_EXTRA"],
         "gates_ptr": direction == "backward" and not constants["SAVE_GATES"],
         "counter_ptr": not constants["SYNC"],
         "error_ptr": not constants["SYNC"],
     }
     constants |= dict.fromkeys(name for name in kernel.arg_names if absent.get(name))
+    constants |= _products(kernel_plan, constants)[part]
     return compile_kernel(kernel, types, constants, plan.device.capability, _options(kernel_plan))
 
 
@@ -202,24 +252,28 @@ def compile_kernel(
 
 
 def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str, Any]:
-    """The kernel's constexpr arguments, REVERSE apart."""
+    """The kernel's constexpr arguments, apart from those of one call: REVERSE, MASKED and the like."""
     spec = plan.spec
     cell = _CELLS[spec.cell, spec.activation]
     storage = _TRITON_DTYPES[plan.dtype]
     constants: dict[str, Any] = {
         "G": spec.gates,
         "H": plan.H,
+        "P": spec.output(plan.H),
         "BLOCK_B": kernel.block_b,
         "BLOCK_H": kernel.block_h,
         "TILES": kernel.tiles,
+        "TILES_P": kernel.tiles_p,
         "N_H": kernel.n_h,
         "BLOCK_K": kernel.block_k,
+        "BLOCK_K_R": kernel.block_k_r,
         "SPLIT_K": kernel.split_k,
         "AHEAD": kernel.ahead,
         "STAGES": kernel.stages,
         "LOCAL": kernel.engine == "local",
         "SYNC": kernel.synchronised,
         "RESIDENT": kernel.resident,
+        "PROJECTED": spec.proj > 0,
         "SAVE_GATES": training and cell.save_gates,
         "SAVE_EXTRA": training and cell.save_extra,
         # bf16 arithmetic is broken in the interpreter: multiply in fp32 there, which is exact for bf16 operands.
@@ -257,6 +311,13 @@ def _launches(kernel: KernelPlan, T: int) -> Iterator[tuple[int, int]]:
         yield 0, T
 
 
+def _products(plan: KernelPlan, constants: Mapping[str, Any]) -> tuple[dict[str, bool], ...]:
+    """Which of a step's products each launch does: all in one, but where programs cannot wait between two of them."""
+    if constants["PROJECTED"] and plan.engine == "step":
+        return {"FIRST": True, "SECOND": False}, {"FIRST": False, "SECOND": True}
+    return ({"FIRST": True, "SECOND": True},)
+
+
 def _run(
     kernel: Any,
     plan: KernelPlan,
@@ -265,9 +326,10 @@ def _run(
     constants: dict[str, Any],
 ) -> None:
     with _one_at_a_time:
-        for first_group in range(0, plan.n_b, plan.groups_at_once):
-            groups = min(plan.groups_at_once, plan.n_b - first_group)
-            kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **_options(plan))
+        for products in _products(plan, constants):
+            for first_group in range(0, plan.n_b, plan.groups_at_once):
+                groups = min(plan.groups_at_once, plan.n_b - first_group)
+                kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **products, **_options(plan))
 
 
 @contextlib.contextmanager

@@ -1,32 +1,69 @@
-"""The recurrence as PyTorch operators: opaque to torch.compile, with fakes, and the autograd function around them.
+"""The recurrence as PyTorch operators, opaque to torch.compile, with fakes; and the gradients that they lead to.
 
-lstm_triton::forward and lstm_triton::backward run one layer in one direction. Everything that is one product over all
-time steps (dx, the weight gradients) stays outside, in torch.matmul, where the compiler sees it.
+    lstm_triton::forward              one layer in one direction
+    lstm_triton::backward             back-propagation through time, to the gradients by the pre-activations
+    lstm_triton::backward_recompute   the same where the gates were not kept, to the gradients by all inputs
+
+Everything that is one product over all time steps (dx, the weight gradients) is plain torch: outside the operators,
+where the compiler sees it, if the gates were kept; chunk by chunk inside the operator that computes them again.
+
+Names and shapes throughout, with I inputs, H hidden units, G gates, P columns of h (those of w_hr, else H):
+    tensors: x [T, B, I], h0 [B, P], c0 [B, H], w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh [G*H], w_hr [P, H], steps
+        [T, B] (spec.VALID, spec.RESET); None where the cell has none
+    results: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H]
+    kept: gates [T, B, G*H] activated, extra [T, B, H] (c of the LSTM, W_hn h[t-1] + b_hn of the GRU), h [T, B, P]
+What does not apply is None outside the operators and an empty tensor where an operator must return one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import launch
 from .planner import make_plan
 from .plans import LaunchPlan
-from .spec import CellSpec
+from .spec import RESET, VALID, CellSpec
 
+_STATES = "Tensor h0, Tensor? c0"
+_SETTINGS = "str cell, str activation, bool reverse, str engine, int[] tile"
+_GRADIENTS = "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells"
+_WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? steps"
 _library = torch.library.Library("lstm_triton", "DEF")
 _library.define(
-    "forward(Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell, "
-    "str activation, bool reverse, str engine, int[] tile, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"forward(Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, bool training, str memory, bool return_cells) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "backward(Tensor dy, Tensor dh_n, Tensor? dc_n, Tensor gates, Tensor y, Tensor extra, Tensor h0, Tensor? c0, "
-    "Tensor w_hh, str cell, str activation, bool bias, bool reverse, str engine, int[] tile) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"backward({_GRADIENTS}, Tensor gates, Tensor extra, Tensor h, {_STATES}, Tensor w_hh, Tensor? w_hr, "
+    f"Tensor? steps, {_SETTINGS}, bool bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    f"backward_recompute({_GRADIENTS}, Tensor extra, Tensor h, Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, "
+    "bool[] needs, int samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run, apart from the tensors: lt.functional's arguments of these names."""
+
+    spec: CellSpec
+    reverse: bool
+    engine: str
+    tile: tuple[int, int] | None
+    memory: str
+    return_cells: bool
+
+    @property
+    def settings(self) -> tuple[str, str, bool, str, list[int]]:
+        """As the operators take them."""
+        return self.spec.cell, self.spec.activation, self.reverse, self.engine, list(self.tile or ())
 
 
 def plan_for(spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None) -> LaunchPlan:
@@ -41,190 +78,397 @@ def fp32_precision() -> str:
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
-def _forward(
+def forward(
+    run: Run, training: bool,
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    cell: str, activation: str, reverse: bool, engine: str, tile: list[int], training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> y [T, B, H], h_n [B, H], c_n [B, H], and for backward the activated gates [T, B, G*H] and extra [T, B, H].
+    w_hr: Tensor | None, steps: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """lstm_triton::forward -> y, h_n, c_n, cells, and what `gradients` reads again: gates, extra, h.
 
-    What does not apply (c_n of a GRU, gates and extra outside training) is an empty tensor.
+    With training=False nothing is kept for that. cells and extra, or y and h, are one tensor where steps is None.
     """
-    spec = CellSpec(cell, activation, b_hh is not None)
-    T, B, _ = x.shape
-    x2 = x.reshape(T * B, -1)
-    gates = (x2 @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x2, w_ih.t())).view(T, B, -1)
-    plan = plan_for(spec, x, w_hh.shape[1], engine, tile)
-    w_hh, h0 = w_hh.contiguous(), h0.contiguous()
-    b_hh = None if b_hh is None else b_hh.contiguous()
-    y, state, extra = launch.forward(plan, gates, w_hh, b_hh, h0, c0, reverse=reverse, training=training)
-    save_gates, _ = launch.saves(spec)
+    y, h_n, c_n, cells, gates, extra, h = torch.ops.lstm_triton.forward(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps, *run.settings, training, run.memory, run.return_cells
+    )
+    if steps is None:
+        cells, h = extra, y
     return (
         y,
-        y[0 if reverse else -1].clone(),
-        x.new_empty(0) if c0 is None else state.to(x.dtype, copy=True),
-        gates if training and save_gates else x.new_empty(0),
-        x.new_empty(0) if extra is None else extra,
+        h_n,
+        c_n if run.spec.cell == "lstm" else None,
+        cells if run.return_cells else None,
+        *((gates, extra, h) if training else (None, None, None)),
+    )
+
+
+def gradients(
+    run: Run, needs: Sequence[bool], samples: int,
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor | None, steps: Tensor | None, gates: Tensor, extra: Tensor, h: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients by x, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr, None where `needs` has False.
+
+    Those by the results may be None, for zero. Those by the weights come as [samples, ...]: the batch is that many
+    parts of one size, and each has its own, summed over its rows alone. Plain torch around one operator, so that the
+    compiler sees the products.
+    """
+    if run.memory == "recompute":
+        found = torch.ops.lstm_triton.backward_recompute(
+            dy, dh_n, dc_n, dcells, extra, h, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps, *run.settings,
+            list(needs), samples,
+        )  # fmt: skip
+        return [d if need else None for d, need in zip(found, needs, strict=True)]
+    da, dh0, dc0, dh_all = torch.ops.lstm_triton.backward(
+        dy, dh_n, dc_n, dcells, gates, extra, h, h0, c0, w_hh, w_hr, steps, *run.settings, b_hh is not None
+    )
+    spec = run.spec
+    dx = _input_gradient(spec, da, w_ih) if needs[0] else None
+    r = _unprojected(gates, extra, steps) if needs[7] else None
+    weights = _weight_gradients(spec, run.reverse, needs[3:], samples, da, x, h, h0, steps, dh_all, r)
+    return [dx, dh0 if needs[1] else None, dc0 if needs[2] else None, *weights]
+
+
+def chunk_steps(T: int) -> int:
+    """Steps that backward_recompute holds gates and their gradients of at a time: sqrt(T), in whole sixteens.
+
+    With that the number of launches and the memory of a chunk grow alike, as the root. Whole sixteens, so that a chunk
+    begins at a multiple of 16 bytes in every tensor [T, ...] and the kernels read it where it is.
+    """
+    return 16 * math.ceil(math.sqrt(T) / 16)
+
+
+def _forward(
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
+    tile: list[int], training: bool, memory: str, return_cells: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> y, h_n, c_n, cells, gates, extra, h. Without steps cells is empty, being extra, and so is h, being y.
+
+    gates is empty where `memory` is "recompute".
+    """
+    spec = _spec(cell, activation, b_hh, w_hr)
+    T, B, _ = x.shape
+    gates = linear(x.reshape(T * B, -1), w_ih, b_ih).view(T, B, -1)
+    plan = plan_for(spec, x, w_hh.shape[0] // spec.gates, engine, tile)
+    keep = training and memory == "store"
+    h, state, extra, _ = launch.forward(
+        plan, gates, w_hh.contiguous(), _contiguous(b_hh), h0.contiguous(), c0,
+        w_hr=_contiguous(w_hr), steps=_contiguous(steps), reverse=reverse,
+        training=keep, save_states=training or return_cells,
+    )  # fmt: skip
+    none = x.new_empty(0)
+    save_gates, _ = launch.saves(spec)
+    masked = steps is not None
+    return (
+        _masked(h, steps),
+        h[0 if reverse else -1].clone(),
+        none if c0 is None else state.to(x.dtype, copy=True),
+        _masked(extra, steps) if masked and return_cells else none,
+        gates if keep and save_gates else none,
+        extra if extra is not None and (training or not masked) else none,
+        h if training and masked else none,
     )
 
 
 def _fake_forward(
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    cell: str, activation: str, reverse: bool, engine: str, tile: list[int], training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
+    tile: list[int], training: bool, memory: str, return_cells: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     T, B, _ = x.shape
-    H = w_hh.shape[1]
-    save_gates, save_extra = launch.saves(CellSpec(cell, activation))
+    spec = CellSpec(cell, activation)
+    save_gates, save_extra = launch.saves(spec)
+    keep, masked = training and memory == "store", steps is not None
+    extra = (keep and save_extra) or (c0 is not None and (training or (return_cells and not masked)))
+    sequences = (
+        (masked and return_cells, w_hh.shape[0] // spec.gates),
+        (keep and save_gates, w_hh.shape[0]),
+        (extra, w_hh.shape[0] // spec.gates),
+        (masked and training, w_hh.shape[1]),
+    )
     return (
-        x.new_empty(T, B, H),
-        x.new_empty(B, H),
-        x.new_empty(0) if c0 is None else x.new_empty(B, H),
-        x.new_empty(T, B, w_hh.shape[0]) if training and save_gates else x.new_empty(0),
-        x.new_empty(T, B, H) if training and save_extra else x.new_empty(0),
+        x.new_empty(T, B, w_hh.shape[1]),
+        x.new_empty(h0.shape),
+        x.new_empty(0 if c0 is None else c0.shape),
+        *(x.new_empty(T, B, columns) if there else x.new_empty(0) for there, columns in sequences),
     )
 
 
 def _backward(
-    dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, gates: Tensor, y: Tensor, extra: Tensor, h0: Tensor,
-    c0: Tensor | None, w_hh: Tensor, cell: str, activation: str, bias: bool, reverse: bool, engine: str,
-    tile: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0 [B, H] complete, dc0 [B, H] (empty without c0)."""
-    spec = CellSpec(cell, activation, bias)
-    H = w_hh.shape[1]
-    plan = plan_for(spec, dy, H, engine, tile)
-    save_gates, save_extra = launch.saves(spec)
-    high = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    dh = dh_n.to(high, memory_format=torch.contiguous_format, copy=True)
-    dstate = torch.zeros_like(dh) if dc_n is None else dc_n.to(high, memory_format=torch.contiguous_format, copy=True)
-    w_hh = w_hh.contiguous()
-    da, dh, dstate = launch.backward(
-        plan,
-        dy.contiguous(),
-        dh,
-        dstate,
-        gates if save_gates else None,
-        y if c0 is None else extra,
-        (h0 if c0 is None else c0).contiguous(),
-        extra if save_extra else None,
-        w_hh,
-        reverse=reverse,
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    gates: Tensor, extra: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor, w_hr: Tensor | None,
+    steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str, tile: list[int], bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0, dc0 (empty without c0), and dh_all [T, B, P] by
+    the projected h (empty without w_hr).
+    """
+    spec = CellSpec(cell, activation, bias, 0 if w_hr is None else w_hr.shape[0])
+    H = w_hh.shape[0] // spec.gates
+    plan = plan_for(spec, h, H, engine, tile)
+    w_hh, w_hr, steps = w_hh.contiguous(), _contiguous(w_hr), _contiguous(steps)
+    dh, dstate = _last_gradients(h0, H, dh_n, dc_n)
+    da, dh, dstate, dh_all = _walk_back(
+        plan, reverse, dy, dh, dstate, dcells, gates, extra, h, h0 if c0 is None else c0, w_hh, w_hr, steps
     )
-    _, h_slot = launch.slots(spec)
-    da0 = da[-1 if reverse else 0][:, h_slot * H :][:, : spec.gates * H]
-    dh0 = (dh + (da0 @ w_hh).to(high)).to(dy.dtype)
-    return da, dh0, dy.new_empty(0) if c0 is None else dstate.to(dy.dtype, copy=True)
+    return (
+        da,
+        dh.to(h.dtype),
+        h.new_empty(0) if c0 is None else dstate.to(h.dtype),
+        h.new_empty(0) if dh_all is None else dh_all,
+    )
 
 
 def _fake_backward(
-    dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, gates: Tensor, y: Tensor, extra: Tensor, h0: Tensor,
-    c0: Tensor | None, w_hh: Tensor, cell: str, activation: str, bias: bool, reverse: bool, engine: str,
-    tile: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    T, B, H = dy.shape
-    D, _ = launch.slots(CellSpec(cell, activation))
-    return dy.new_empty(T, B, D * H), dy.new_empty(B, H), dy.new_empty(0) if c0 is None else dy.new_empty(B, H)
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
+    gates: Tensor, extra: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor, w_hr: Tensor | None,
+    steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str, tile: list[int], bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    T, B, P = h.shape
+    spec = CellSpec(cell, activation)
+    D, _ = launch.slots(spec)
+    return (
+        h.new_empty(T, B, D * (w_hh.shape[0] // spec.gates)),
+        h.new_empty(h0.shape),
+        h.new_empty(0 if c0 is None else c0.shape),
+        h.new_empty(0) if w_hr is None else h.new_empty(T, B, P),
+    )
 
 
-for _key in ("CUDA", "CPU"):
-    _library.impl("forward", _forward, _key)
-    _library.impl("backward", _backward, _key)
-torch.library.register_fake("lstm_triton::forward", _fake_forward, lib=_library)
-torch.library.register_fake("lstm_triton::backward", _fake_backward, lib=_library)
-
-
-class _Sequence(torch.autograd.Function):
-    """One layer in one direction. Inputs and gradients as lstm_triton::forward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-        b_hh: Tensor | None, spec: CellSpec, reverse: bool, engine: str, tile: list[int],
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        y, h_n, c_n, gates, extra = torch.ops.lstm_triton.forward(
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh, spec.cell, spec.activation, reverse, engine, tile, True
-        )
-        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, gates, extra)
-        ctx.spec, ctx.reverse, ctx.engine, ctx.tile = spec, reverse, engine, tile
-        return y, h_n, c_n
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Without this, the gradients would come back detached, and a penalty on them would count for nothing.
-            raise NotImplementedError("create_graph=True needs engine='reference' in this version of lstm_triton")
-        x, h0, c0, w_ih, w_hh, y, gates, extra = ctx.saved_tensors
-        spec, reverse = ctx.spec, ctx.reverse
-        da, dh0, dc0 = torch.ops.lstm_triton.backward(
-            dy, dh_n, None if c0 is None else dc_n, gates, y, extra, h0, c0, w_hh,
-            spec.cell, spec.activation, spec.bias, reverse, ctx.engine, ctx.tile,
-        )  # fmt: skip
-        T, B, I = x.shape  # noqa: E741
-        G, H = spec.gates, w_hh.shape[1]
-        _, h_slot = launch.slots(spec)
-        # Views of one buffer: the first G slots are by the input product, the last G by the recurrent one.
-        dx_gates = da.view(T * B, -1)[:, : G * H]
-        dh_gates = da[..., h_slot * H :]
-        if h_slot:  # the GRU's slots by the input lie in the order n, r, z
-            w_ih = torch.cat((w_ih[2 * H :], w_ih[: 2 * H]))
-        needs_x, needs_h0, needs_c0, needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh = ctx.needs_input_grad[:7]
-        dx = dw_ih = dw_hh = db_ih = db_hh = None
-        if needs_x:
-            dx = (dx_gates @ w_ih).view(T, B, I)
-        if needs_w_ih:
-            dw_ih = dx_gates.t() @ x.reshape(T * B, I)
-            if h_slot:
-                dw_ih = torch.cat((dw_ih[H:], dw_ih[:H]))
-        if needs_b_ih:
-            db_ih = dx_gates.sum(0)
-            if h_slot:
-                db_ih = torch.cat((db_ih[H:], db_ih[:H]))
-        if needs_w_hh:
-            first, rest, before = (
-                (T - 1, slice(0, T - 1), slice(1, T)) if reverse else (0, slice(1, T), slice(0, T - 1))
-            )
-            dw_hh = dh_gates[first].t() @ h0
-            if T > 1:
-                dw_hh = torch.addmm(dw_hh, dh_gates[rest].flatten(0, 1).t(), y[before].reshape((T - 1) * B, H))
-        if needs_b_hh:
-            db_hh = dh_gates.flatten(0, 1).sum(0)
-        return (
-            dx,
-            dh0 if needs_h0 else None,
-            dc0 if needs_c0 else None,
-            dw_ih,
-            dw_hh,
-            db_ih,
-            db_hh,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _transformed() -> bool:
-    """Forward-mode tangents or a torch.func transform are about: the autograd function refuses them by name, where the
-    bare operator would drop them.
-    """
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def sequence(
+def _backward_recompute(
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor, h: Tensor,
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    *, spec: CellSpec, reverse: bool, engine: str, tile: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Run one layer in one direction on the kernels -> y [T, B, H], h_n [B, H], c_n [B, H] or None."""
-    tensors = [x, h0, c0, w_ih, w_hh, b_ih, b_hh]
-    tile_list = list(tile or ())
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if wanted or _transformed():
-        # A tensor given twice (one zero state for h0 and c0, say) goes in as a view the second time.
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and any(tensor is other for other in tensors[:i]):
-                tensors[i] = tensor.view_as(tensor)
-        y, h_n, c_n = _Sequence.apply(*tensors, spec, reverse, engine, tile_list)
-    else:
-        y, h_n, c_n, _, _ = torch.ops.lstm_triton.forward(
-            *tensors, spec.cell, spec.activation, reverse, engine, tile_list, False
+    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
+    tile: list[int], needs: list[bool], samples: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> what `gradients` says, empty where not needed.
+
+    From the last chunk of steps to the first, in the order of processing: the chunk's gates from the states, all steps
+    at once; then back through its steps; then its part of the products over time, which are summed in fp32 (fp64).
+    """
+    spec = _spec(cell, activation, b_hh, w_hr)
+    T, H = len(h), w_hh.shape[0] // spec.gates
+    plan = plan_for(spec, h, H, engine, tile)
+    w_hh, w_hr, steps = w_hh.contiguous(), _contiguous(w_hr), _contiguous(steps)
+    dh, dstate = _last_gradients(h0, H, dh_n, dc_n)
+    dx = h.new_empty(x.shape if needs[0] else 0)
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    sums = [dh.new_zeros(samples, *w.shape) if need else None for w, need in zip(weights, needs[3:], strict=True)]
+
+    length = chunk_steps(T)
+    starts = range(0, T, length)
+    for start in starts if reverse else reversed(starts):
+        chunk = slice(start, start + length)
+        dy_t, dcells_t, extra_t, h_t, x_t, steps_t = (
+            None if t is None else t[chunk] for t in (dy, dcells, extra, h, x, steps)
         )
-    return y, h_n, None if c0 is None else c_n
+        before = start + length if reverse else start - 1
+        given = not 0 <= before < T
+        h_first = h0 if given else h[before]
+        state_first = h_first if c0 is None else c0 if given else extra[before]
+        gates, product = _activated_gates(spec, x_t, _previous(h_t, h_first, steps_t, reverse), w_ih, w_hh, b_ih, b_hh)
+        da, dh, dstate, dh_all = _walk_back(
+            plan, reverse, dy_t, dh, dstate, dcells_t, gates, extra_t if product is None else product, h_t,
+            state_first.clone(memory_format=torch.contiguous_format), w_hh, w_hr, steps_t,
+        )  # fmt: skip
+        if needs[0]:
+            dx[chunk] = _input_gradient(spec, da, w_ih)
+        r = _unprojected(gates, extra_t, steps_t) if needs[7] else None
+        parts = _weight_gradients(spec, reverse, needs[3:], samples, da, x_t, h_t, h_first, steps_t, dh_all, r)
+        for total, part in zip(sums, parts, strict=True):
+            if total is not None:
+                total += part
+
+    found = (dh if needs[1] else None, dstate if needs[2] else None, *sums)
+    return dx, *(h.new_empty(0) if d is None else d.to(h.dtype) for d in found)
+
+
+def _fake_backward_recompute(
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor, h: Tensor,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
+    tile: list[int], needs: list[bool], samples: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    states = [h.new_empty(t.shape if need else 0) for t, need in zip((x, h0, c0), needs[:3], strict=True)]
+    weights = zip((w_ih, w_hh, b_ih, b_hh, w_hr), needs[3:], strict=True)
+    return *states, *(h.new_empty((samples, *w.shape) if need else 0) for w, need in weights)
+
+
+def _walk_back(
+    plan: LaunchPlan, reverse: bool, dy: Tensor | None, dh: Tensor, dstate: Tensor, dcells: Tensor | None,
+    gates: Tensor | None, extra: Tensor, h: Tensor, state0: Tensor, w_hh: Tensor, w_hr: Tensor | None,
+    steps: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Back through consecutive steps -> da, and the gradients by h and the state before them, complete; dh_all.
+
+    dh and dstate, by h and the state after them, are overwritten.
+    """
+    spec = plan.spec
+    save_gates, save_extra = launch.saves(spec)
+    da, dh, dstate, dh_all = launch.backward(
+        plan,
+        torch.zeros_like(h) if dy is None else _masked(dy, steps).contiguous(),
+        dh,
+        dstate,
+        gates if save_gates else None,
+        extra if spec.cell == "lstm" else h,
+        state0.contiguous(),
+        extra if save_extra else None,
+        w_hh,
+        w_hr=w_hr,
+        steps=steps,
+        dcells=None if dcells is None else _masked(dcells, steps).contiguous(),
+        reverse=reverse,
+    )
+    first = -1 if reverse else 0
+    through_w_hh = (_by_recurrent_product(spec, da[first]) @ w_hh).to(dh.dtype)
+    if steps is not None:
+        through_w_hh = torch.where(_carries(steps[first]), through_w_hh, 0)
+    return da, dh + through_w_hh, dstate, dh_all
+
+
+def _activated_gates(
+    spec: CellSpec, x: Tensor, h_before: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the forward kernel keeps for backward beside the states, from x[t] and h[t-1] of all steps at once.
+
+    -> gates, and of the GRU W_hn h[t-1] + b_hn.
+    """
+    if spec.cell == "rnn":
+        return None, None
+    H = w_hh.shape[0] // spec.gates
+    high = torch.promote_types(x.dtype, torch.float32)
+    x_gates, h_gates = linear(x, w_ih, b_ih).to(high), linear(h_before, w_hh, b_hh)
+    if spec.cell == "lstm":
+        gates = x_gates.add_(h_gates)
+        gates[..., : 2 * H].sigmoid_()
+        gates[..., 2 * H : 3 * H].tanh_()
+        gates[..., 3 * H :].sigmoid_()
+        return gates.to(x.dtype), None
+    gates, product = x_gates, h_gates[..., 2 * H :]
+    r = gates[..., : 2 * H].add_(h_gates[..., : 2 * H]).sigmoid_()[..., :H]
+    gates[..., 2 * H :].addcmul_(r, product.to(high)).tanh_()
+    return gates.to(x.dtype), product.contiguous()
+
+
+def _input_gradient(spec: CellSpec, da: Tensor, w_ih: Tensor) -> Tensor:
+    """dx [T, B, I]."""
+    if spec.cell == "gru":
+        w_ih = w_ih.roll(w_ih.shape[0] // spec.gates, 0)
+    return _by_input_product(spec, da) @ w_ih
+
+
+def _weight_gradients(
+    spec: CellSpec, reverse: bool, needs: Sequence[bool], samples: int, da: Tensor, x: Tensor, h: Tensor, h0: Tensor,
+    steps: Tensor | None, dh_all: Tensor | None, r: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Those by w_ih, w_hh, b_ih, b_hh and w_hr, [samples, ...], where `needs` says so."""
+
+    def of_one(
+        da: Tensor, x: Tensor, h: Tensor, h0: Tensor, steps: Tensor | None, dh_all: Tensor | None, r: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        by_x, by_h = _by_input_product(spec, da), _by_recurrent_product(spec, da)
+        found = (
+            _in_gate_order(spec, _summed_product(by_x, x)) if needs[0] else None,
+            _recurrent_weight_gradient(by_h, h, h0, steps, reverse) if needs[1] else None,
+            _in_gate_order(spec, by_x.sum((0, 1))) if needs[2] else None,
+            by_h.sum((0, 1)) if needs[3] else None,
+            _summed_product(dh_all, r) if needs[4] else None,
+        )
+        return tuple(d for d in found if d is not None)
+
+    tensors = (da, x, h, h0, steps, dh_all, r)
+    if not any(needs):
+        found = ()
+    elif samples == 1:
+        found = (d.unsqueeze(0) for d in of_one(*tensors))
+    else:
+        dims = (1, 1, 1, 0, 1, 1, 1)  # where the batch lies
+        present = [None if t is None else dim for t, dim in zip(tensors, dims, strict=True)]
+        parts = (t if dim is None else t.unflatten(dim, (samples, -1)) for t, dim in zip(tensors, present, strict=True))
+        found = torch.vmap(of_one, in_dims=tuple(present))(*parts)
+    wanted = iter(found)
+    return [next(wanted) if need else None for need in needs]
+
+
+def _recurrent_weight_gradient(by_h: Tensor, h: Tensor, h0: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:
+    """sum over t of by_h[t]^T h[t-1], h[t-1] in the order of processing and zero where the step starts from zeros."""
+    T = len(h)
+    first, rest, before = (T - 1, slice(0, T - 1), slice(1, T)) if reverse else (0, slice(1, T), slice(0, T - 1))
+    h_before = h[before]
+    if steps is not None:
+        carries = _carries(steps)
+        h0, h_before = torch.where(carries[first], h0, 0), torch.where(carries[rest], h_before, 0)
+    found = by_h[first].t() @ h0
+    return found if T == 1 else torch.addmm(found, by_h[rest].flatten(0, 1).t(), h_before.flatten(0, 1))
+
+
+def _summed_product(left: Tensor, right: Tensor) -> Tensor:
+    """sum over t of left[t]^T right[t]."""
+    return left.flatten(0, 1).t() @ right.flatten(0, 1)
+
+
+def _unprojected(gates: Tensor, cells: Tensor, steps: Tensor | None) -> Tensor:
+    """r = o * tanh(c), what an LSTM projects: cheaper to compute again than to keep."""
+    return _masked(gates[..., -cells.shape[-1] :] * cells.tanh(), steps)
+
+
+def _by_input_product(spec: CellSpec, da: Tensor) -> Tensor:
+    """The slots of da by the input product: of the GRU in the order n, r, z."""
+    return da[..., : da.shape[-1] // launch.slots(spec)[0] * spec.gates]
+
+
+def _by_recurrent_product(spec: CellSpec, da: Tensor) -> Tensor:
+    """The slots of da by the recurrent product, in torch.nn's order."""
+    slots, first = launch.slots(spec)
+    return da[..., da.shape[-1] // slots * first :]
+
+
+def _in_gate_order(spec: CellSpec, by_x: Tensor) -> Tensor:
+    """From the order of _by_input_product along the rows to torch.nn's."""
+    return by_x.roll(-(by_x.shape[0] // spec.gates), 0) if spec.cell == "gru" else by_x
+
+
+def _previous(h: Tensor, h_first: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:
+    """h[t-1] of each of these steps, in the order of processing; zero where a step starts from zeros."""
+    shifted = torch.cat((h[1:], h_first[None]) if reverse else (h_first[None], h[:-1]))
+    return shifted if steps is None else torch.where(_carries(steps), shifted, 0)
+
+
+def _carries(steps: Tensor) -> Tensor:
+    """Where the state before a step matters to it: it counts and is not reset. [..., B, 1]"""
+    return (steps & (VALID | RESET) == VALID).unsqueeze(-1)
+
+
+def _masked(tensor: Tensor, steps: Tensor | None) -> Tensor:
+    """Zero where a step does not count. tensor [T, B, any]"""
+    return tensor if steps is None else torch.where((steps & VALID).bool().unsqueeze(-1), tensor, 0)
+
+
+def _last_gradients(h0: Tensor, H: int, dh_n: Tensor | None, dc_n: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dh [B, P] and dstate [B, H] after the last step, of their own and in the accumulator's dtype."""
+    high = torch.promote_types(h0.dtype, torch.float32)
+    zeros = {"dh": (h0.shape, dh_n), "dstate": ((h0.shape[0], H), dc_n)}
+    dh, dstate = (
+        h0.new_zeros(shape, dtype=high) if d is None else d.to(high, memory_format=torch.contiguous_format, copy=True)
+        for shape, d in zeros.values()
+    )
+    return dh, dstate
+
+
+def _spec(cell: str, activation: str, b_hh: Tensor | None, w_hr: Tensor | None) -> CellSpec:
+    return CellSpec(cell, activation, b_hh is not None, 0 if w_hr is None else w_hr.shape[0])
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+for _name, _function, _fake in (
+    ("forward", _forward, _fake_forward),
+    ("backward", _backward, _fake_backward),
+    ("backward_recompute", _backward_recompute, _fake_backward_recompute),
+):
+    for _key in ("CUDA", "CPU"):
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"lstm_triton::{_name}", _fake, lib=_library)

@@ -56,12 +56,12 @@ def make_plan(
     if engine == "auto" and device is INTERPRETER:
         engine = "step"
     precision = precision if dtype == torch.float32 else "ieee"
-    countable = T <= MAX_COUNTED_STEPS
+    countable = T * (2 if spec.proj else 1) <= MAX_COUNTED_STEPS
     problems = (
         KernelProblem(spec, direction, max(B, 1), H, dtype, device, precision, countable) for direction in DIRECTIONS
     )
     (forward, why_forward), (backward, why_backward) = (
-        _choose(problem, engine, tile, None if tile else tuning.lookup(device.family, problem.key))
+        _choose(problem, engine, tile, None if tile or spec.proj else tuning.lookup(device.family, problem.key))
         for problem in problems
     )
     return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward)
@@ -97,7 +97,12 @@ class KernelProblem:
     @property
     def k(self) -> int:
         """Depth of the recurrent product."""
-        return self.H if self.forward else self.spec.gates * self.H
+        return self.spec.output(self.H) if self.forward else self.spec.gates * self.H
+
+    @property
+    def k_r(self) -> int:
+        """Depth of the projection's product, 0 without one."""
+        return (self.H if self.forward else self.spec.proj) if self.spec.proj else 0
 
     @property
     def columns(self) -> int:
@@ -219,23 +224,29 @@ def _schedule(
 ) -> KernelPlan | str:
     """One candidate with its cost, or in words why it cannot run."""
     B, H, k, device, itemsize = problem.B, problem.H, problem.k, problem.device, problem.dtype.itemsize
+    k_r, P = problem.k_r, problem.spec.output(problem.H)
     local = engine == "local"
     n = block_h * problem.columns
     n_b = _ceil(B, block_b)
     n_h = 1 if local else _ceil(H, block_h)
     tiles = _ceil(H, block_h) if local else 1
+    tiles_p = _ceil(P, block_h) if local else 1
+    # Tiles of columns of the recurrent product and of the projection's.
+    wide, wide_r = (tiles, tiles_p) if problem.forward else (tiles_p, tiles)
     if tiles > MAX_LOCAL_TILES:
         return f"H={H} in tiles of {block_h} is {tiles} tiles a program, more than {MAX_LOCAL_TILES}: raise block_h"
     product = product or _product(problem, engine, block_b, block_h, tiles)
     block_k, split_k, stages, num_warps = product.block_k, product.split_k, product.stages, product.num_warps
+    block_k_r = block_h if local else min(block_k, max(16 * split_k, _pow2(k_r)))
     if device is not INTERPRETER:
         too_large = _registers(problem, engine, block_b, block_h, tiles, split_k, num_warps * 32)
         if too_large:
             return f"with tile {block_b}x{block_h} {too_large}"
 
     # Shared memory: the weights, the K tiles of the rows on their way, and what the sum over the K slices takes.
-    segment = H if local else k  # a run of K that K tiles do not cross
-    slice_bytes = k // segment * _ceil(segment, block_k) * block_k * n * tiles * itemsize
+    segment = H if local and not problem.forward else k  # a run of K that K tiles do not cross
+    slice_bytes = k // segment * _ceil(segment, block_k) * block_k * n * wide * itemsize
+    slice_bytes += _ceil(k_r, block_k_r) * block_k_r * block_h * wide_r * itemsize
     row_tile = block_b * block_k * itemsize
     reduction = max(2 if local else 1, split_k) * block_b * n * max(itemsize, 4)
     ahead = min(product.ahead, _ceil(k, block_k))
@@ -264,8 +275,14 @@ def _schedule(
     how = "batched" if split_k > 1 else "plain"
     step = costs.step(
         device, problem.kind, itemsize, engine,
-        block_b=block_b, k=k, n=n * tiles, tiles=tiles, programs=n_h, how=how, resident=resident,
+        block_b=block_b, k=k, n=n * wide, tiles=tiles, programs=n_h, how=how, resident=resident,
     )  # fmt: skip
+    if k_r:
+        projection = costs.step(
+            device, problem.kind, itemsize, engine,
+            block_b=block_b, k=k_r, n=block_h * wide_r, tiles=0, programs=n_h, how=how, resident=resident,
+        )  # fmt: skip
+        step = {name: us + projection.get(name, 0.0) for name, us in step.items()}
     parts = tuple((name, us * waves * (1 if name in ("wait", "launch") else sharing)) for name, us in step.items())
     return KernelPlan(
         engine=engine,
@@ -273,7 +290,9 @@ def _schedule(
         block_b=block_b,
         block_h=block_h,
         tiles=tiles,
+        tiles_p=tiles_p,
         block_k=block_k,
+        block_k_r=block_k_r,
         split_k=split_k,
         ahead=ahead,
         stages=stages,

@@ -19,7 +19,9 @@ class KernelPlan:
     block_b: int  # rows of the batch a program owns
     block_h: int  # hidden units a tile
     tiles: int  # tiles a program owns; more than one in local alone
+    tiles_p: int  # tiles of h's columns a program owns: `tiles`, or with a projection fewer
     block_k: int  # K tile of the recurrent product
+    block_k_r: int  # and of the projection
     split_k: int  # slices of a K tile, one on each warp or pair of warps
     ahead: int  # K tiles of h or da loaded ahead of their product, where the weights are resident
     stages: int  # software pipeline of the K loop, where the weights are read at every step
@@ -79,7 +81,8 @@ class LaunchPlan:
         dtype = str(self.dtype).removeprefix("torch.")
         if self.dtype == torch.float32:
             dtype += f" ({self.precision} products)"
-        lines = [f"{self.spec.cell}, T={self.T}, B={self.B}, H={self.H}, {dtype} on {self.device.name}"]
+        name = f"{self.spec.cell} with h projected to {self.spec.proj}" if self.spec.proj else self.spec.cell
+        lines = [f"{name}, T={self.T}, B={self.B}, H={self.H}, {dtype} on {self.device.name}"]
         for kernel in (self.forward, self.backward):
             where = "on chip for the whole sequence" if kernel.resident else "read again at every step"
             parts = " + ".join(f"{us:.2f} {name}" for name, us in kernel.parts)
@@ -92,6 +95,8 @@ class LaunchPlan:
                 f"at most {kernel.shared_bytes / 1024:.0f} KiB of shared memory",
                 f"  estimated {kernel.step_us:.2f} us a step by the model, not measured: {parts}",
             ]
+            if self.spec.proj:
+                lines.append(f"  a step is two products, the second of them in K tiles of {kernel.block_k_r}")
             if kernel.tuned:
                 lines.append(f"  chosen by a search on such a GPU, where it took {kernel.measured_us:.2f} us a step")
         lines.append(f"the model's constants for this GPU: {self.device.constants}")

@@ -175,15 +175,16 @@ def test_offsets_beyond_31_bits() -> None:
     gates[T - 1], y[T - 2], dys[T - 1], da[T - 2] = x, h, dy, da_before
     plan = make_plan(CellSpec("rnn"), 1, B, H, torch.float16, INTERPRETER, engine="step", tile=(16, 32))
 
-    constants = launch._constants(plan, plan.forward, True) | {"REVERSE": False}
-    tensors = (gates, w_hh, b_hh, h0, y, h.float(), None, None, None)
+    constants = launch._constants(plan, plan.forward, True) | {"REVERSE": False, "MASKED": False}
+    tensors = (gates, w_hh, b_hh, None, None, h0, y, h.float(), None, None, None, None)
     launch._run(sequence.sequence_forward, plan.forward, tensors, (1, B, T - 1, 1), constants)
     wanted = torch.tanh(x.double() + h.double() @ w_hh.double().t() + b_hh.double())
     assert relative_error(y[T - 1], wanted) <= TOLERANCE[torch.float16]
 
     # Of the direction that runs backwards in time, so that step T-2 has its gradients before T-1.
-    constants = launch._constants(plan, plan.backward, True) | {"REVERSE": True}
-    tensors = (dys, None, y, h0, None, w_hh, da, torch.zeros(B, H), torch.zeros(B, H), None, None)
+    constants = launch._constants(plan, plan.backward, True) | {"REVERSE": True, "MASKED": False, "HAS_DCELLS": False}
+    states = torch.zeros(B, H), torch.zeros(B, H)
+    tensors = (dys, None, None, y, h0, None, w_hh, None, None, da, None, *states, None, None)
     launch._run(sequence.sequence_backward, plan.backward, tensors, (1, B, T - 1, 1, 0), constants)
     wanted = (dy.double() + da_before.double() @ w_hh.double()) * (1 - y[T - 1].double() ** 2)
     assert relative_error(da[T - 1], wanted) <= TOLERANCE[torch.float16]

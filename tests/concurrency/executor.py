@@ -304,7 +304,7 @@ def _lanes(ptrs: Any, mask: Any) -> Lanes:
     positions = np.arange(addresses.size)
     if mask is not None:
         # A block pointer's mask is a bare array, whose .data is a buffer.
-        chosen = np.broadcast_to(np.asarray(mask.data), ptrs.data.shape).ravel()
+        chosen = np.broadcast_to(np.asarray(mask.data).astype(bool), ptrs.data.shape).ravel()
         if not chosen.all():
             addresses, positions = addresses[chosen], positions[chosen]
     return Lanes(addresses, positions, ptrs.data.shape, max(1, ptrs.get_element_ty().primitive_bitwidth // 8))
