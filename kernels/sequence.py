@@ -160,15 +160,19 @@ def sequence_forward(
     if REVERSE:
         stride_t = -stride_t
     rows_ptr = h0_ptr + first_b * P
-    if chained != 0:
-        rows_ptr = h_ptr - stride_t * P
+    if not (LOCAL or SYNC):  # noqa: SIM102 - the one is known when this is compiled, the other is not
+        if chained != 0:
+            rows_ptr = h_ptr - stride_t * P
     h = ()
     if LOCAL or MASKED:
         h = load_tiles(rows_ptr, h_own, h_masks)
+    flags = mask_b.to(tl.int32)
+    if MASKED:
+        flags = tl.load(steps_ptr + offs_b, mask=mask_b, other=0).to(tl.int32)
 
     ok = True
     target = 0
-    for _ in tl.range(0, T, num_stages=1):
+    for step in tl.range(0, T, num_stages=1):
         x = ()
         if FIRST:
             for tile in tl.static_range(TILES):
@@ -178,9 +182,10 @@ def sequence_forward(
                     x = x + (tl.load(gates_ptr + at + gate * H, mask=masks[tile], other=0.0),)
         mask_rows = mask_b
         if MASKED:
-            flags = tl.load(steps_ptr + offs_b, mask=mask_b, other=0)
             counts = ((flags & 1) != 0)[:, None]
             keep = (flags & 2) == 0
+            # The next step's come now: so they are not waited for, and no compiler can move them into the product.
+            flags = tl.load(steps_ptr + stride_t + offs_b, mask=mask_b & (step + 1 < T), other=0).to(tl.int32)
             mask_rows = mask_b & keep
             h = zero_rows(h, keep)
             state = zero_rows(state, keep)
@@ -264,6 +269,25 @@ def sequence_forward(
         store_tiles(state_ptr + first_b * H, hidden, masks, state)
     if SYNC:
         give_up(counter_ptr, error_ptr, ok)
+
+
+@triton.jit
+def load_saved(
+    previous_ptr, gates_ptr, extra_ptr, units, offs_b, hidden, masks,
+    G: tl.constexpr, H: tl.constexpr, SAVE_GATES: tl.constexpr, SAVE_EXTRA: tl.constexpr,
+):  # fmt: skip
+    """What the forward kernel saved of one step: the state before it, its gates tile by tile, and the extra tiles."""
+    previous = load_tiles(previous_ptr, hidden, masks)
+    extra = previous
+    if SAVE_EXTRA:
+        extra = load_tiles(extra_ptr, hidden, masks)
+    gates = ()
+    if SAVE_GATES:
+        for tile in tl.static_range(len(units)):
+            at = offs_b[:, None] * (G * H) + units[tile][None, :]
+            for gate in tl.static_range(G):
+                gates = gates + (tl.load(gates_ptr + at + gate * H, mask=masks[tile], other=0.0),)
+    return previous, gates, extra
 
 
 @triton.jit(do_not_specialize=["T", "B", "start", "chained", "last", "first_group"])
@@ -371,24 +395,10 @@ def sequence_backward(
         previous = ()
         gates = ()
         extra = ()
-        if SECOND:
-            for tile in tl.static_range(TILES):
-                previous = previous + (tl.load(previous_ptr + hidden[tile], mask=masks[tile], other=0.0),)
-                if SAVE_EXTRA:
-                    extra = extra + (tl.load(extra_ptr + hidden[tile], mask=masks[tile], other=0.0),)
-                else:
-                    extra = extra + (previous[tile],)
-                if SAVE_GATES:
-                    offs_h = (member * TILES + tile) * BLOCK_H + tl.arange(0, BLOCK_H)
-                    at = offs_b[:, None] * (G * H) + offs_h[None, :]
-                    for gate in tl.static_range(G):
-                        gates = gates + (tl.load(gates_ptr + at + gate * H, mask=masks[tile], other=0.0),)
-            if HAS_DCELLS:
-                dcells = load_tiles(dcells_ptr, hidden, masks)
-                dstate_next = ()
-                for tile in tl.static_range(TILES):
-                    dstate_next = dstate_next + (dstate[tile] + dcells[tile].to(ACC),)
-                dstate = dstate_next
+        if not PROJECTED:
+            previous, gates, extra = load_saved(
+                previous_ptr, gates_ptr, extra_ptr, units, offs_b, hidden, masks, G, H, SAVE_GATES, SAVE_EXTRA
+            )
         has_next = mask_b & ((step > 0) | (chained != 0))
         if MASKED:
             has_next = has_next & keep_next
@@ -421,6 +431,11 @@ def sequence_backward(
                 dh_next = dh_next + (held,)
             if SYNC:
                 publish(counter_ptr)
+        if PROJECTED and SECOND:
+            previous, gates, extra = load_saved(
+                previous_ptr, gates_ptr, extra_ptr, units, offs_b, hidden, masks, G, H, SAVE_GATES, SAVE_EXTRA
+            )
+            if SYNC:
                 ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
                 target += N_H
                 poison = tl.where(ok, 0.0, float("nan"))
@@ -445,17 +460,20 @@ def sequence_backward(
                 if SAVE_GATES:
                     for gate in tl.static_range(G):
                         saved = saved + (gates[tile * G + gate].to(ACC),)
+                dstate_t = dstate[tile]
+                if HAS_DCELLS:
+                    dstate_t += tl.load(dcells_ptr + hidden[tile], mask=masks[tile], other=0.0).to(ACC)
                 state_t = previous[tile].to(ACC)
                 state_prev = state_t
                 if MASKED:
                     state_prev = tl.where(keep[:, None], state_t, tl.zeros_like(state_t))
                 slots, dh_direct, dstate_prev = CELL(
-                    dh_t, dstate[tile], saved, state[tile], state_prev, extra[tile].to(ACC)
+                    dh_t, dstate_t, saved, state[tile], state_prev, extra[tile].to(ACC)
                 )
                 at = offs_b[:, None] * (D * H) + ((member * TILES + tile) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
                 if MASKED:
                     dh_direct = tl.where(counts, dh_direct, dh_t)
-                    dstate_prev = tl.where(counts, dstate_prev, dstate[tile])
+                    dstate_prev = tl.where(counts, dstate_prev, dstate_t)
                     counted = ()
                     for slot in tl.static_range(D):
                         counted = counted + (tl.where(counts, slots[slot], tl.zeros_like(slots[slot])),)

@@ -249,10 +249,11 @@ def _schedule(
     slice_bytes += _ceil(k_r, block_k_r) * block_k_r * block_h * wide_r * itemsize
     row_tile = block_b * block_k * itemsize
     reduction = max(2 if local else 1, split_k) * block_b * n * max(itemsize, 4)
-    ahead = min(product.ahead, _ceil(k, block_k))
+    k_tiles = max(_ceil(k, block_k), _ceil(k_r, block_k_r))
+    ahead = min(product.ahead, k_tiles)
     while ahead > 1 and slice_bytes + (ahead + 1) * row_tile + 1024 > device.shared_per_program:
         ahead -= 1
-    staged = 0 if local else min(ahead + 1, _ceil(k, block_k)) * row_tile
+    staged = 0 if local else min(ahead + 1, k_tiles) * row_tile
     shared = slice_bytes + max(staged, reduction) + 1024
     resident = engine == "resident" or (local and shared <= device.shared_per_program)
     if not resident:
@@ -327,6 +328,8 @@ def _product(problem: KernelProblem, engine: str, block_b: int, block_h: int, ti
         block_k, split_k, num_warps = 1024 // itemsize, 4, 8
     else:
         block_k, split_k, num_warps = 128 // itemsize if block_b > 32 else 256 // itemsize, 1, 8
+    if problem.k_r and engine == "resident" and split_k > 1:
+        block_k //= 2  # the addresses of two products leave fewer registers for their tiles
     block_k = min(block_k, max(16, _pow2(problem.k)))
     stages = 3 if shared > 128 << 10 else 2
     if engine != "resident":
@@ -348,6 +351,9 @@ def _registers(
         return (
             f"{kind} products are scalar, and unrolled would not fit the registers: allow TF32, or stream the weights"
         )
+    two_products = problem.k_r and engine == "resident"
+    if two_products and (kind == "fp64" or block_b * block_h * problem.columns > (1024 if problem.forward else 512)):
+        return "the operands of two products would not fit the registers"
     if scalar and block_b * block_h * problem.columns > threads * (2 if kind == "fp64" else 4):
         return f"the scalar {kind} products would not fit the registers"
     return ""

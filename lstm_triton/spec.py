@@ -23,20 +23,13 @@ VALID, RESET = 1, 2
 LATER = {
     "peephole": (None, False),
     "coupled": (False,),
-    "w_hr": (None,),
     "recurrent_activation": ("sigmoid",),
     "output_activation": (None,),
     "cell_clip": (None,),
     "gate_clip": (None,),
     "input_mask": (None,),
     "recurrent_mask": (None,),
-    "lengths": (None,),
-    "mask": (None,),
-    "reset": (None,),
-    "return_cells": (False,),
     "reset_after": (True,),
-    "memory": ("store",),
-    "proj_size": (0,),
     "layer_norm": (False,),
     "zoneout": (0.0, (0.0, 0.0)),
     "recurrent_dropout": (0.0,),
@@ -113,6 +106,8 @@ def variants() -> Iterator[CellSpec]:
     for bias, cell in product((True, False), GATES):
         for activation in ACTIVATIONS[cell]:
             yield CellSpec(cell, activation, bias)
+        if cell == "lstm":
+            yield CellSpec(cell, bias=bias, proj=3)
 
 
 def refuse_later_options(**options: object) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,20 +50,23 @@ TILED, TILE = (5, 40, 24, 7), (16, 16)
 
 
 def interpreted() -> list[Problem]:
-    """Engine by cell, at a size that takes the interpreter a moment.
+    """Engine by cell, and with skipped steps and a projection, at a size that takes the interpreter a moment.
 
     Its programs run one after another, so an engine that waits gets a tile that leaves one program a group.
     """
     tile = {"resident": (16, 32), "streamed": (16, 32)}
     plain = [spec for spec in variants() if spec == CellSpec(spec.cell)]
-    return [Problem(spec, engine, "fp32", 4, 3, 20, 12, tile.get(engine)) for engine in ENGINES for spec in plain]
+    found = [Problem(spec, engine, "fp32", 4, 3, 20, 12, tile.get(engine)) for engine in ENGINES for spec in plain]
+    projected = next(spec for spec in variants() if spec.proj)
+    return found + [replace(problem, spec=projected, ragged=True) for problem in found if problem.spec == plain[0]]
 
 
 def first() -> list[Problem]:
     """Every variant, dtype and engine once, at a small size: those with biases forward from given states, those without
-    reversed from none.
+    reversed from none. Then the same with skipped steps.
     """
-    return _every(variants(), DTYPES_IN_ORDER, SMALL, swap=False)
+    whole = _every(variants(), DTYPES_IN_ORDER, SMALL, swap=False)
+    return whole + [replace(problem, ragged=True) for problem in whole]
 
 
 def on_gpu() -> list[Problem]:
@@ -82,7 +86,10 @@ def on_gpu() -> list[Problem]:
     sizes = [problem for shape in SIZES for problem in _every(biased, ("bf16",), shape)]
     rest = [problem for shape in SIZES for problem in _every(biased, DTYPES_IN_ORDER, shape)]
     swapped = _every(variants(), DTYPES_IN_ORDER, SMALL, swap=True)
-    return list(dict.fromkeys([*first(), *modules, *waves, *tiled, *edges, *sizes, *swapped, *rest]))
+    ragged = [replace(problem, ragged=True) for problem in (*modules, *tiled, *sizes)]
+    recomputed = [replace(problem, recompute=True) for problem in (*modules, *ragged, *first())]
+    found = [*first(), *modules, *waves, *tiled, *edges, *ragged, *recomputed, *sizes, *swapped, *rest]
+    return [problem for problem in dict.fromkeys(found) if problem.spec.proj < problem.hidden]
 
 
 def _every(
@@ -115,14 +122,20 @@ def kernels(problem: Problem, device: str) -> list[Kernel]:
     import lstm_triton as lt
 
     shapes = {"x": (problem.seq, problem.batch, problem.width)}
-    shapes |= dict.fromkeys(problem.spec.states, (problem.batch, problem.hidden))
+    shapes |= problem.spec.state_shapes(problem.batch, problem.hidden)
     shapes |= problem.spec.parameters(problem.width, problem.hidden)
     tensors = {name: torch.empty(size, dtype=DTYPES[problem.dtype], device=device) for name, size in shapes.items()}
     with precision(problem.dtype):
         plan = lt.plan(problem.spec.cell, **tensors, **problem.spec.options, engine=problem.engine, tile=problem.tile)
     kinds = (("forward", True), ("forward", False), ("backward", True))
     directions = (False, True) if problem.module else (problem.reverse,)
-    return [Kernel(plan, name, training, reverse) for reverse in directions for name, training in kinds]
+    parts = (0, 1) if problem.spec.proj else (0,)
+    flags = problem.ragged, problem.cells
+    return [
+        Kernel(plan, name, training, reverse, *flags, part)
+        for reverse, (name, training), part in itertools.product(directions, kinds, parts)
+        if part == 0 or getattr(plan, name).engine == "step"
+    ]
 
 
 def run(

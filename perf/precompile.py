@@ -24,12 +24,15 @@ Item = TypeVar("Item")
 
 
 class Kernel(NamedTuple):
-    """What is compiled: one kernel of a plan, whether it saves for backward, and whether time runs backwards."""
+    """What is compiled: one kernel of a plan, and what `launch.compile_ahead` has to be told of it."""
 
     plan: LaunchPlan
     direction: str
     training: bool
     reverse: bool = False
+    masked: bool = False
+    cells: bool = False
+    part: int = 0
 
 
 @contextlib.contextmanager
@@ -93,7 +96,7 @@ def _distinct(items: Sequence[Item], kernels: Callable[[Item], Iterable[Kernel]]
         # What cannot be planned says so when it is launched.
         with contextlib.suppress(Exception):
             for kernel in (Kernel(*each) for each in kernels(item)):
-                key = identity(kernel.plan, getattr(kernel.plan, kernel.direction)), kernel.training, kernel.reverse
+                key = identity(kernel.plan, getattr(kernel.plan, kernel.direction)), *kernel[2:]
                 wanted[key] = kernel
     return wanted.values()
 
@@ -102,6 +105,6 @@ def compile_kernel(kernel: Kernel | tuple[LaunchPlan, str, bool]) -> None:
     """Compile one kernel into the cache; one that cannot be compiled is left for its launch to say so."""
     from lstm_triton.launch import compile_ahead
 
-    plan, direction, training, reverse = Kernel(*kernel)
+    plan, direction, *rest = Kernel(*kernel)
     with contextlib.suppress(Exception):
-        compile_ahead(plan, direction, training=training, reverse=reverse)
+        compile_ahead(plan, direction, **dict(zip(Kernel._fields[2:], rest, strict=True)))

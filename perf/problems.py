@@ -39,11 +39,14 @@ class Problem:
     reverse: bool = False
     states: bool = True  # initial states are given; None otherwise
     module: bool = False
+    ragged: bool = False  # steps are skipped and states zeroed at random; the LSTM gives all its cell states as well
+    recompute: bool = False  # memory="recompute"
 
     @property
     def key(self) -> dict[str, str]:
         """As a table shows it: equal for no other problem."""
         form = ["module"] * self.module + ["reverse"] * self.reverse + ["no states"] * (not self.states)
+        form += ["ragged"] * self.ragged + ["recompute"] * self.recompute
         return {
             "engine": self.engine,
             "cell": str(self.spec),
@@ -60,7 +63,18 @@ class Problem:
         """The module, its parameters without storage."""
         kind = {"lstm": lt.LSTM, "gru": lt.GRU, "rnn": lt.RNN}[self.spec.cell]
         options = {"num_layers": LAYERS, "bidirectional": True, "bias": self.spec.bias, **self.spec.options}
-        return kind(self.width, self.hidden, **options, device="meta", dtype=DTYPES[self.dtype], engine=engine)
+        options |= {"proj_size": self.spec.proj} if self.spec.proj else {}
+        options |= {"memory": self.memory, "device": "meta", "dtype": DTYPES[self.dtype], "engine": engine}
+        return kind(self.width, self.hidden, **options)
+
+    @property
+    def memory(self) -> str:
+        return "recompute" if self.recompute else "store"
+
+    @property
+    def cells(self) -> bool:
+        """All cell states are asked for."""
+        return self.ragged and len(self.spec.states) > 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Tensors:
 
     arguments: dict[str, Tensor | None]
     outer: list[Tensor]
+    steps: dict[str, Tensor]  # mask and reset, where there are any
 
 
 def draw(problem: Problem, seed: int = 0) -> Tensors:
@@ -82,18 +97,26 @@ def draw(problem: Problem, seed: int = 0) -> Tensors:
     def uniform(*shape: int) -> Tensor:
         return ((torch.rand(shape, generator=generator) * 2 - 1) * scale).to(DTYPES[p.dtype])
 
-    state = (p.batch, p.hidden)
-    output = (p.seq, p.batch, p.hidden)
+    states = p.spec.state_shapes(p.batch, p.hidden)
+    directions = 2 if p.module else 1
+    output = (p.seq, p.batch, directions * p.spec.output(p.hidden))
     parameters = p.spec.parameters(p.width, p.hidden)
     if p.module:
-        state, output = (2 * LAYERS, *state), (p.seq, p.batch, 2 * p.hidden)
+        states = {name: (2 * LAYERS, *shape) for name, shape in states.items()}
         parameters = {name: tuple(weight.shape) for name, weight in p.layer("auto").named_parameters()}
     arguments: dict[str, Tensor | None] = {"x": normal(p.seq, p.batch, p.width)}
-    arguments |= {name: normal(*state) if p.states else None for name in p.spec.states}
+    arguments |= {name: normal(*shape) if p.states else None for name, shape in states.items()}
     arguments |= {name: uniform(*shape) for name, shape in parameters.items()}
     if p.spec.activation == "relu":
         _keep_from_the_kink(arguments)
-    return Tensors(arguments, [normal(*output), *(normal(*state) for _ in p.spec.states)])
+    outer = [normal(*output), *(normal(*shape) for shape in states.values())]
+    if p.cells:
+        outer.append(normal(p.seq, p.batch, directions * p.hidden))
+    steps = {}
+    if p.ragged:
+        for name, share in (("mask", 0.8), ("reset", 0.2)):
+            steps[name] = torch.rand(p.seq, p.batch, generator=generator) < share
+    return Tensors(arguments, outer, steps)
 
 
 def _keep_from_the_kink(arguments: dict[str, Tensor | None]) -> None:
@@ -119,8 +142,9 @@ def call(
         for name, value in tensors.arguments.items()
     }
     with precision(problem.dtype), torch.set_grad_enabled(training):
-        results = _results(problem, leaves, engine)
-        found = dict(zip(("y", "h_n", "c_n"), results, strict=False))
+        steps = {name: value.to(device) for name, value in tensors.steps.items()}
+        results = _results(problem, leaves, steps, engine)
+        found = dict(zip(("y", "h_n", "c_n", "cells"), results, strict=False))
         if training:
             present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
             outer = [gradient.to(device, dtype) for gradient in tensors.outer]
@@ -129,17 +153,20 @@ def call(
     return {name: value.detach() for name, value in found.items()}
 
 
-def _results(problem: Problem, leaves: dict[str, Tensor | None], engine: str) -> tuple[Tensor, ...]:
+def _results(
+    problem: Problem, leaves: dict[str, Tensor | None], steps: dict[str, Tensor], engine: str
+) -> tuple[Tensor, ...]:
+    options: dict[str, object] = {**steps, **({"return_cells": True} if problem.cells else {})}
     if not problem.module:
         module = lt.reference if engine == "reference" else lt.functional
         function = getattr(module, problem.spec.cell)
-        options = {"reverse": problem.reverse, "engine": engine, "tile": problem.tile}
+        options |= {"reverse": problem.reverse, "engine": engine, "tile": problem.tile, "memory": problem.memory}
         return function(**leaves, **problem.spec.options, **options)
     states = [leaves[name] for name in problem.spec.states]
     hx = None if states[0] is None else tuple(states) if len(states) > 1 else states[0]
     weights = {name: leaf for name, leaf in leaves.items() if name not in ("x", *problem.spec.states)}
-    y, final = torch.func.functional_call(problem.layer(engine), weights, (leaves["x"], hx))
-    return (y, *final) if len(states) > 1 else (y, final)
+    y, final, *cells = torch.func.functional_call(problem.layer(engine), weights, (leaves["x"], hx), options)
+    return (y, *final, *cells) if len(states) > 1 else (y, final)
 
 
 @lru_cache(maxsize=1)
@@ -166,7 +193,7 @@ def _check_engine(problem: Problem, device: str, repeat: bool) -> Check:
             return call(problem, tensors, device, problem.engine, dtype, training=training)
 
     got = run(tensors)
-    verdict = compare(got, expected(replace(problem, engine="", tile=None)), problem.dtype)
+    verdict = compare(got, expected(replace(problem, engine="", tile=None, recompute=False)), problem.dtype)
     if not verdict.passed or not repeat:
         return verdict
     others = {
@@ -190,7 +217,7 @@ def _changed(got: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 def _rows(problem: Problem, results: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
     """What belongs to some sequences alone: the batch is the last dimension but one."""
-    own = ("y", "h_n", "c_n", "dx", *(f"d{name}" for name in problem.spec.states))
+    own = ("y", "h_n", "c_n", "cells", "dx", *(f"d{name}" for name in problem.spec.states))
     return {name: results[name][..., rows, :] for name in own if name in results}
 
 
@@ -204,7 +231,7 @@ def _changed_by_neighbours(
             arguments[name] = arguments[name].clone()
             arguments[name][..., :-1, :] = math.nan
     last = slice(problem.batch - 1, None)
-    other = run(Tensors(arguments, tensors.outer))
+    other = run(replace(tensors, arguments=arguments))
     return _changed(_rows(problem, got, last), _rows(problem, other, last))
 
 
@@ -215,7 +242,8 @@ def _changed_by_being_alone(problem: Problem, device: str) -> list[str]:
     number of few bits, which makes its product exact in any order.
     """
     narrow, dtype = replace(problem, width=1), DTYPES[problem.dtype]
-    arguments = dict(draw(narrow).arguments)
+    drawn = draw(narrow)
+    arguments = dict(drawn.arguments)
     for name in ("x", "w_ih"):
         arguments[name] = arguments[name].bfloat16().to(dtype)
     if problem.spec.bias:
@@ -224,7 +252,9 @@ def _changed_by_being_alone(problem: Problem, device: str) -> list[str]:
     alone = arguments | {
         name: None if arguments[name] is None else arguments[name][..., last, :] for name in ("x", *problem.spec.states)
     }
-    whole, single = (
-        call(problem, Tensors(given, []), device, problem.engine, dtype, training=False) for given in (arguments, alone)
+    both = (
+        Tensors(arguments, [], drawn.steps),
+        Tensors(alone, [], {name: value[:, last] for name, value in drawn.steps.items()}),
     )
+    whole, single = (call(problem, given, device, problem.engine, dtype, training=False) for given in both)
     return _changed(_rows(problem, whole, last), single)

@@ -33,6 +33,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     successors: list[list[int]] = field(default_factory=list)
     pointers: list[frozenset[int]] = field(default_factory=list)
+    parameters: set[int] = field(default_factory=set)  # which are pointers
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def ptx_order(ptx: str, published: Collection[int] | None = None) -> list[str]:
                 problems.add((line, "load of published data above the wait"))
             if roles[i] == "load" and state.wait == "acquired":
                 problems.add((line, "load of published data without a barrier after the acquire"))
-        if roles[i] == "load" and i not in loop:
+        if roles[i] == "load" and i not in loop and _origins(kernel, i) & shared:
             problems.add((line, "load of published data outside the time loop"))
     return [f"PTX line {line}: {text}" for line, text in sorted(problems)]
 
@@ -136,7 +137,8 @@ def parse(ptx: str) -> Kernel:
         elif one.opcode in ("ret", "exit", "trap") and not one.predicate:
             following = []
         kernel.successors.append(following)
-    kernel.pointers = _addresses(kernel.instructions, {int(number) for number in _POINTER.findall(ptx)})
+    kernel.parameters = {int(number) for number in _POINTER.findall(ptx)}
+    kernel.pointers = _addresses(kernel.instructions, kernel.parameters)
     return kernel
 
 
@@ -167,6 +169,22 @@ def _addresses(instructions: list[Instruction], parameters: set[int]) -> list[fr
         registers = _REGISTER.findall(brackets[-1]) if brackets else []
         found.append(frozenset().union(*(origin.get(register, ()) for register in registers)))
     return found
+
+
+def _origins(kernel: Kernel, i: int) -> frozenset[int]:
+    """What an instruction's address may come from by the definitions that can reach it.
+
+    A register that walks through time is one pointer before the loop and another in it.
+    """
+    before, todo = {i}, [i]
+    while todo:
+        following = todo.pop()
+        for j, successors in enumerate(kernel.successors):
+            if following in successors and j not in before:
+                before.add(j)
+                todo.append(j)
+    reaching = [kernel.instructions[j] for j in sorted(before)]
+    return _addresses(reaching, kernel.parameters)[reaching.index(kernel.instructions[i])]
 
 
 def _is_global(opcode: str) -> bool:

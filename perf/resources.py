@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 #: "forward" is the one of training, "inference" the same without what backward needs.
 DIRECTIONS = ("forward", "backward", "inference")
 #: What each kernel's programs publish to one another.
-PUBLISHED = {"forward": "y_ptr", "backward": "slots_ptr", "inference": "y_ptr"}
+PUBLISHED = {name: ("h_ptr", "r_ptr") for name in ("forward", "inference")}
+PUBLISHED["backward"] = ("slots_ptr", "dh_all_ptr")
 #: Nominal; the kernels are the same for every length.
 SEQ = 512
 
@@ -144,7 +145,7 @@ def inspect(compiled: Any, plan: LaunchPlan, direction: str) -> Row:
     if shared > plan.device.shared_per_program:
         problems.append(f"needs {shared} bytes of shared memory, the target has {plan.device.shared_per_program}")
     if kernel.synchronised:
-        problems += ptx_order(compiled.asm["ptx"], {parameter_index(compiled, PUBLISHED[direction])})
+        problems += ptx_order(compiled.asm["ptx"], published(compiled, direction))
     return replace(
         planned(plan, direction),
         registers=code.registers,
@@ -158,10 +159,10 @@ def inspect(compiled: Any, plan: LaunchPlan, direction: str) -> Row:
     )
 
 
-def parameter_index(compiled: Any, name: str) -> int:
-    """Which PTX parameter a kernel's argument became: constexpr ones, and those given as None, are no parameters."""
+def published(compiled: Any, direction: str) -> set[int]:
+    """Which PTX parameters point to what programs publish: arguments that are constexpr, or None, are no parameters."""
     names = [key for key, kind in compiled.src.signature.items() if kind != "constexpr"]
-    return names.index(name)
+    return {names.index(name) for name in PUBLISHED[direction] if name in names}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

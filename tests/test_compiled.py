@@ -9,10 +9,12 @@ import itertools
 
 import pytest
 import torch
-from lstm_triton.perf import resources
+from lstm_triton.perf import resources, sass
 from lstm_triton.perf.budget import CLASSES
+from lstm_triton.perf.ptx import ptx_order
 
 from lstm_triton.devices import devices
+from lstm_triton.launch import compile_ahead
 from lstm_triton.planner import ENGINES, LaunchPlan, make_plan
 from lstm_triton.spec import CellSpec
 
@@ -106,3 +108,38 @@ def test_lengths_and_batches_never_recompile() -> None:
     assert (one.forward, one.backward) == (other.forward, other.backward)
     small, large = (make_plan(CellSpec("lstm"), 9, B, 512, torch.bfloat16, devices()["H200"]) for B in (3, 14))
     assert resources.identity(small, small.forward) == resources.identity(large, large.forward)
+
+
+#: What kernels do beyond the plain cell: cell, projected share of H, skipped steps, gradients by every cell state.
+FORMS = (
+    ("lstm", 0, True, True),
+    ("gru", 0, True, False),
+    ("rnn", 0, True, False),
+    ("lstm", 1 / 2, False, False),
+    ("lstm", 1 / 4, True, True),
+)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_projections_and_skipped_steps(form: tuple[str, float, bool, bool], engine: str, direction: str) -> None:
+    """On every target, the dtypes in turn: no spill, within the plan's memory, every wait in its place."""
+    cell, share, masked, cells = form
+    H, B = SIZES[engine][0]
+    half = "bf16", "fp16"
+    dtypes = itertools.islice(itertools.cycle(half if engine == "local" else (*half, "tf32")), FORMS.index(form), None)
+    for target, name in zip(TARGETS, dtypes, strict=False):
+        dtype, precision = DTYPES[name]
+        spec = CellSpec(cell, proj=int(share * H))
+        plan = make_plan(spec, 64, B, H, dtype, devices()[target], engine=engine, precision=precision)
+        kernel = getattr(plan, direction)
+        for part in range(2 if share and engine == "step" else 1):
+            compiled = compile_ahead(plan, direction, masked=masked, cells=cells, part=part)
+            assert sass.read_cubin(compiled.asm["cubin"]).stack_bytes == 0
+            assert compiled.metadata.shared <= kernel.shared_bytes <= plan.device.shared_per_program
+            if kernel.synchronised:
+                published = resources.published(compiled, direction)
+                assert len(published) == (2 if share else 1) and ptx_order(compiled.asm["ptx"], published) == []
+                waits = compiled.asm["ptx"].count("ld.global.gpu.acquire") + compiled.asm["ptx"].count("ld.acquire")
+                assert waits >= (4 if share else 2)  # each wait polls before its loop and in it
