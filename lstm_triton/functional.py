@@ -1,22 +1,45 @@
 """lstm(), gru(), rnn(): one layer, one direction, as functions of tensors. And plan(): what they would run.
 
-Where they run: CUDA tensors on the kernels; CPU tensors on ATen (engine="auto"), or on the kernels too where Triton
-interprets them (TRITON_INTERPRET=1). engine="reference" is eager PyTorch anywhere.
+Where they run: CUDA tensors on the kernels; CPU tensors on torch's own layers (engine="auto", see host.py), or on the
+kernels too where Triton interprets them (TRITON_INTERPRET=1). engine="reference" is eager PyTorch anywhere.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import launch, ops, reference
+from . import autograd, host, launch, ops, reference
 from .devices import device_named
 from .planner import DTYPES, ENGINES, check_tile, make_plan
 from .plans import LaunchPlan
-from .spec import LATER, Activation, CellSpec, refuse_later_options
+from .reference import check_memory, step_masks
+from .spec import LATER, RESET, VALID, Activation, CellSpec, refuse_later_options
+
+#: What `lengths` may hold.
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+
+
+class Tensors(NamedTuple):
+    """The tensors of one call, None where there is none: what varies between problems of one kind."""
+
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    lengths: Tensor | None
+    mask: Tensor | None
+    reset: Tensor | None
 
 
 def lstm(
@@ -28,7 +51,7 @@ def lstm(
     input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None, lengths: Tensor | None = None,
     mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False, return_cells: bool = False,
     memory: str = "store", engine: str = "auto", tile: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Long short-term memory: c[t] = f c[t-1] + i g, h[t] = o tanh(c[t]), gates W_ih x[t] + b_ih + W_hh h[t-1] + b_hh.
 
     Shapes: x [T, B, I]; h0, c0 [B, H] or None (zeros); w_ih [4H, I], w_hh [4H, H], b_ih, b_hh [4H] or None, gates in
@@ -36,20 +59,32 @@ def lstm(
     float64; gates, states and sums are float32 (float64 for float64) inside. fp32 recurrent products use TF32 where
     torch.backends.cudnn allows it for RNNs; the products over all time steps follow torch.backends.cuda.matmul.
 
-    reverse runs from the last step to the first. engine is "auto", "local", "resident", "streamed", "step" or
-    "reference"; tile=(block_b, block_h) overrides the plan's tile. The remaining options raise NotImplementedError.
+    w_hr [P, H], 0 < P < H, projects: h[t] = w_hr (o tanh(c[t])). h0, h_n and y then have P columns, and so has w_hh.
+
+    Steps that do not count hold the state and give zeros, and NaN in x there, or in their gradients, reaches nothing:
+        lengths: [B], any integer dtype, on x's device. Row b ends after lengths[b] steps; the reverse direction begins
+            there. Beyond T counts as T, below 0 as 0. On CUDA the values are not looked at, so that nothing waits.
+        mask: bool [T, B]. Where false the step is skipped.
+        reset: bool [T, B]. Where true the state is zeroed before the step, in the order of processing; also where mask
+            is false, but not past a row's length.
+
+    reverse runs from the last step to the first. return_cells adds c of every step, [T, B, H], to what is returned.
+    memory="recompute" keeps less for the backward pass, which computes it again; the default "store" is faster.
+    engine is "auto", "local", "resident", "streamed", "step" or "reference"; tile=(block_b, block_h) overrides the
+    plan's tile. The remaining options raise NotImplementedError.
     Raises ValueError or TypeError naming the argument for wrong shapes, dtypes, devices, engines and tiles.
 
-    Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget", 2000.
+    Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget", 2000; w_hr: Sak et
+    al., "Long short-term memory based recurrent neural network architectures", 2014.
     """
-    spec = CellSpec("lstm", activation, b_ih is not None or b_hh is not None)
     refuse_later_options(
-        peephole=peephole, coupled=coupled, w_hr=w_hr, recurrent_activation=recurrent_activation,
+        peephole=peephole, coupled=coupled, recurrent_activation=recurrent_activation,
         output_activation=output_activation, cell_clip=cell_clip, gate_clip=gate_clip, input_mask=input_mask,
-        recurrent_mask=recurrent_mask, lengths=lengths, mask=mask, reset=reset, return_cells=return_cells,
-        memory=memory,
+        recurrent_mask=recurrent_mask,
     )  # fmt: skip
-    return _run(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, engine, tile)
+    tensors = Tensors(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset)
+    outputs = _run("lstm", activation, tensors, reverse, return_cells, memory, engine, tile)
+    return outputs if return_cells else outputs[:3]
 
 
 def gru(
@@ -67,12 +102,12 @@ def gru(
 
     Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014; the reset as in cuDNN and torch.nn.
     """
-    spec = CellSpec("gru", activation, b_ih is not None or b_hh is not None)
     refuse_later_options(
         reset_after=reset_after, recurrent_activation=recurrent_activation, gate_clip=gate_clip, input_mask=input_mask,
-        recurrent_mask=recurrent_mask, lengths=lengths, mask=mask, reset=reset, memory=memory,
+        recurrent_mask=recurrent_mask,
     )  # fmt: skip
-    return _run(spec, x, h0, None, w_ih, w_hh, b_ih, b_hh, reverse, engine, tile)[:2]
+    tensors = Tensors(x, h0, None, w_ih, w_hh, b_ih, b_hh, None, lengths, mask, reset)
+    return _run("gru", activation, tensors, reverse, False, memory, engine, tile)[:2]
 
 
 def rnn(
@@ -89,12 +124,9 @@ def rnn(
 
     Elman, "Finding structure in time", 1990.
     """
-    spec = CellSpec("rnn", activation, b_ih is not None or b_hh is not None)
-    refuse_later_options(
-        gate_clip=gate_clip, input_mask=input_mask, recurrent_mask=recurrent_mask, lengths=lengths, mask=mask,
-        reset=reset, memory=memory,
-    )  # fmt: skip
-    return _run(spec, x, h0, None, w_ih, w_hh, b_ih, b_hh, reverse, engine, tile)[:2]
+    refuse_later_options(gate_clip=gate_clip, input_mask=input_mask, recurrent_mask=recurrent_mask)
+    tensors = Tensors(x, h0, None, w_ih, w_hh, b_ih, b_hh, None, lengths, mask, reset)
+    return _run("rnn", activation, tensors, reverse, False, memory, engine, tile)[:2]
 
 
 _FUNCTIONS = {"lstm": lstm, "gru": gru, "rnn": rnn}
@@ -111,55 +143,74 @@ def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> Lau
     bound = inspect.signature(_FUNCTIONS[cell]).bind(*args, **kwargs)
     bound.apply_defaults()
     a = bound.arguments
-    spec = CellSpec(cell, a["activation"], a["b_ih"] is not None or a["b_hh"] is not None)
     refuse_later_options(**{name: value for name, value in a.items() if name in LATER})
-    x, w_hh, engine, tile = a["x"], a["w_hh"], a["engine"], a["tile"]
-    _check(spec, x, a["h0"], a.get("c0"), a["w_ih"], w_hh, a["b_ih"], a["b_hh"], engine, tile)
+    tensors = Tensors(**{name: a.get(name) for name in Tensors._fields})
+    x, engine, tile = tensors.x, a["engine"], a["tile"]
+    spec = _check(
+        cell, a["activation"], tensors, a["reverse"], a.get("return_cells", False), a["memory"], engine, tile
+    )  # fmt: skip
     T, B, _ = x.shape
+    H = tensors.w_ih.shape[0] // spec.gates
     if target is None:
         if engine == "reference" or not _on_kernels(x):
             raise ValueError(f"no kernel runs with engine={engine!r} and x on {x.device}: name a target to plan for")
-        return ops.plan_for(spec, x, w_hh.shape[1], engine, tile)
+        return ops.plan_for(spec, x, H, engine, tile)
     return make_plan(
-        spec, T, B, w_hh.shape[1], x.dtype, device_named(target),
+        spec, T, B, H, x.dtype, device_named(target),
         engine=engine, tile=tile, precision=ops.fp32_precision(),
     )  # fmt: skip
 
 
 def _run(
-    spec: CellSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool, engine: str, tile: tuple[int, int] | None,
+    cell: str, activation: Activation, tensors: Tensors, reverse: bool, return_cells: bool, memory: str, engine: str,
+    tile: tuple[int, int] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if _autocasts(x):
+    """-> y, h_n, then c_n and cells, None where there are none."""
+    if _autocasts(tensors.x):
         # As torch.nn: everything in autocast's dtype, and no autocast inside.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [_cast(t, dtype) for t in (x, h0, c0, w_ih, w_hh, b_ih, b_hh)]
-        with torch.autocast(x.device.type, enabled=False):
-            return _run(spec, *tensors, reverse, engine, tile)
-    _check(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, engine, tile)
-    if type(reverse) is not bool:
-        raise TypeError(f"reverse must be True or False, got {reverse!r}")
-    # Traced, ATen's CPU layers become this very loop, but in inference an oneDNN operator that inductor miscompiles.
-    traced_on_cpu = engine == "auto" and torch.compiler.is_compiling() and not _on_kernels(x)
-    if engine == "reference" or traced_on_cpu:
-        states = (h0, c0) if spec.cell == "lstm" else (h0,)
-        function = getattr(reference, spec.cell)
-        return function(x, *states, w_ih, w_hh, b_ih, b_hh, activation=spec.activation, reverse=reverse)
-    H = w_hh.shape[1]
-    h0 = x.new_zeros(x.shape[1], H) if h0 is None else h0
-    if spec.cell == "lstm":
-        c0 = x.new_zeros(x.shape[1], H) if c0 is None else c0
-    if spec.bias:
-        b_ih = w_ih.new_zeros(w_ih.shape[0]) if b_ih is None else b_ih
-        b_hh = w_hh.new_zeros(w_hh.shape[0]) if b_hh is None else b_hh
-    if _on_kernels(x) and 0 not in x.shape[:2]:
-        return ops.sequence(x, h0, c0, w_ih, w_hh, b_ih, b_hh, spec=spec, reverse=reverse, engine=engine, tile=tile)
-    if engine != "auto" and not _on_kernels(x):
+        kind = tensors.x.device.type
+        tensors = Tensors(*(_cast(t, torch.get_autocast_dtype(kind)) for t in tensors))
+        with torch.autocast(kind, enabled=False):
+            return _run(cell, activation, tensors, reverse, return_cells, memory, engine, tile)
+    spec = _check(cell, activation, tensors, reverse, return_cells, memory, engine, tile)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset = tensors
+    if engine == "reference":
+        return reference.sequence(*tensors, spec=spec, reverse=reverse, return_cells=return_cells)
+    on_kernels = _on_kernels(x)
+    if engine != "auto" and not on_kernels:
         raise ValueError(
             f"engine={engine!r} needs CUDA tensors (or TRITON_INTERPRET=1 before triton is imported), "
             f"got x on {x.device}"
         )
-    return _aten(spec, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse)
+    H = w_ih.shape[0] // spec.gates
+    h0 = x.new_zeros(x.shape[1], spec.output(H)) if h0 is None else h0
+    if cell == "lstm":
+        c0 = x.new_zeros(x.shape[1], H) if c0 is None else c0
+    if spec.bias:
+        b_ih = w_ih.new_zeros(w_ih.shape[0]) if b_ih is None else b_ih
+        b_hh = w_hh.new_zeros(w_hh.shape[0]) if b_hh is None else b_hh
+    if not on_kernels or 0 in x.shape[:2]:
+        return host.sequence(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset,
+            spec=spec, reverse=reverse, return_cells=return_cells,
+        )  # fmt: skip
+    counts, zeroed = step_masks(x, lengths, mask, reset)
+    if counts is not None:
+        x = x.masked_fill(~counts[..., None], 0)
+    return autograd.sequence(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, step_flags(counts, zeroed),
+        spec=spec, reverse=reverse, engine=engine, tile=tile, memory=memory, return_cells=return_cells,
+    )  # fmt: skip
+
+
+def step_flags(counts: Tensor | None, zeroed: Tensor | None) -> Tensor | None:
+    """The two bool [T, B] of `step_masks` as the bits VALID and RESET of one uint8 tensor, None without either."""
+    if counts is None and zeroed is None:
+        return None
+    flags = VALID if counts is None else counts.to(torch.uint8) * VALID
+    if zeroed is not None:
+        flags = zeroed.to(torch.uint8) * RESET + flags
+    return flags.contiguous()
 
 
 def _autocasts(x: Any) -> bool:
@@ -176,26 +227,6 @@ def _on_kernels(x: Tensor) -> bool:
     return x.device.type == "cuda" or (launch.INTERPRETED and x.device.type == "cpu")
 
 
-def _aten(
-    spec: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same layer by torch's own operator: on devices without the kernels, and for T = 0 or B = 0."""
-    weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
-    if reverse:
-        x = x.flip(0)
-    # has_biases, num_layers, dropout, train, bidirectional, batch_first
-    settings = (spec.bias, 1, 0.0, False, False, False)
-    if spec.cell == "lstm":
-        y, h_n, c_n = torch.lstm(x, (h0[None], c0[None]), weights, *settings)
-        rest = (h_n[0], c_n[0])
-    else:
-        function = {"gru": torch.gru, "rnn": torch.rnn_relu if spec.activation == "relu" else torch.rnn_tanh}[spec.cell]
-        y, h_n = function(x, h0[None], weights, *settings)
-        rest = (h_n[0], None)
-    return (y.flip(0) if reverse else y), *rest
-
-
 def check_engine(engine: str) -> None:
     """ValueError unless `engine` is one that exists."""
     if engine not in ("auto", "reference", *ENGINES):
@@ -204,14 +235,22 @@ def check_engine(engine: str) -> None:
 
 
 def _check(
-    spec: CellSpec, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Tensor | None, b_hh: Tensor | None, engine: str, tile: tuple[int, int] | None,
-) -> None:  # fmt: skip
-    """Every argument against the shapes, dtype and device that x and w_hh imply, before anything runs."""
+    cell: str, activation: Activation, tensors: Tensors, reverse: bool, return_cells: bool, memory: str, engine: str,
+    tile: tuple[int, int] | None,
+) -> CellSpec:  # fmt: skip
+    """Every argument, tensors against the shapes, dtype and device that x and weights imply, before anything runs."""
+    x, _, _, w_ih, w_hh, b_ih, b_hh, w_hr, *_ = tensors
+    spec = CellSpec(cell, activation, b_ih is not None or b_hh is not None)
     check_engine(engine)
+    check_memory(memory)
     if tile is not None:
         check_tile(tile)
-    for name, tensor, dims in (("x", x, 3), ("w_ih", w_ih, 2), ("w_hh", w_hh, 2)):
+    for name, flag in (("reverse", reverse), ("return_cells", return_cells)):
+        if type(flag) is not bool:
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    for name, tensor, dims in (("x", x, 3), ("w_ih", w_ih, 2), ("w_hh", w_hh, 2), ("w_hr", w_hr, 2)):
+        if name == "w_hr" and tensor is None:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
@@ -221,27 +260,33 @@ def _check(
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     G, H = spec.gates, w_hh.shape[1]
+    if w_hr is not None:
+        P, H = w_hr.shape
+        if not 0 < P < H:
+            raise ValueError(f"w_hr must be [P, H] with 0 < P < H, got shape {tuple(w_hr.shape)}")
+        spec = replace(spec, proj=P)
     if H == 0:
         raise ValueError(f"w_hh must be [{G}*H, H] with H >= 1, got shape {tuple(w_hh.shape)}")
-    _, B, I = x.shape  # noqa: E741
-    shapes = {
-        "w_ih": (w_ih, (G * H, I)),
-        "w_hh": (w_hh, (G * H, H)),
-        "b_ih": (b_ih, (G * H,)),
-        "b_hh": (b_hh, (G * H,)),
-        "h0": (h0, (B, H)),
-        "c0": (c0, (B, H)),
-    }
-    for name, (tensor, shape) in shapes.items():
+    T, B, I = x.shape  # noqa: E741
+    wanted = {**spec.parameters(I, H), **spec.state_shapes(B, H), "lengths": (B,), "mask": (T, B), "reset": (T, B)}
+    for name, shape in wanted.items():
+        tensor = getattr(tensors, name)
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor or None, got {type(tensor).__name__}")
         if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} ({G} gate(s), H={H}, B={B}, I={I}), got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != x.dtype:
+            # Formatted here alone: under torch.compile a size that becomes text is a constant from then on.
+            sizes = f"{G} gate(s), T={T}, B={B}, I={I}, H={H}" + (f", P={spec.proj}" if spec.proj else "")
+            raise ValueError(f"{name} must have shape {shape} ({sizes}), got {tuple(tensor.shape)}")
+        if name == "lengths":
+            if tensor.dtype not in INTEGERS:
+                raise ValueError(f"lengths must have an integer dtype, got {tensor.dtype}")
+        elif name in ("mask", "reset"):
+            if tensor.dtype != torch.bool:
+                raise ValueError(f"{name} must have dtype torch.bool, got {tensor.dtype}")
+        elif tensor.dtype != x.dtype:
             raise ValueError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    return spec

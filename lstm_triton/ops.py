@@ -18,7 +18,7 @@ What does not apply is None outside the operators and an empty tensor where an o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +40,11 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"backward({_GRADIENTS}, Tensor gates, Tensor extra, Tensor h, {_STATES}, Tensor w_hh, Tensor? w_hr, "
+    f"backward({_GRADIENTS}, Tensor? gates, Tensor? extra, Tensor h, {_STATES}, Tensor w_hh, Tensor? w_hr, "
     f"Tensor? steps, {_SETTINGS}, bool bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"backward_recompute({_GRADIENTS}, Tensor extra, Tensor h, Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, "
+    f"backward_recompute({_GRADIENTS}, Tensor? extra, Tensor h, Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, "
     "bool[] needs, int samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -83,21 +83,25 @@ def forward(
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     w_hr: Tensor | None, steps: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """lstm_triton::forward -> y, h_n, c_n, cells, and what `gradients` reads again: gates, extra, h.
+    """lstm_triton::forward -> y, h_n, c_n, cells, and, if training, what `gradients` reads again: gates, extra, h.
 
-    With training=False nothing is kept for that. cells and extra, or y and h, are one tensor where steps is None.
+    extra is None where it is cells, and h where it is y: no two results are one tensor.
     """
     y, h_n, c_n, cells, gates, extra, h = torch.ops.lstm_triton.forward(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps, *run.settings, training, run.memory, run.return_cells
     )
-    if steps is None:
-        cells, h = extra, y
+    lstm, store = run.spec.cell == "lstm", run.memory == "store"
+    if run.return_cells and steps is None:
+        cells, extra = extra, None
+    save_gates, save_extra = launch.saves(run.spec)
     return (
         y,
         h_n,
-        c_n if run.spec.cell == "lstm" else None,
+        c_n if lstm else None,
         cells if run.return_cells else None,
-        *((gates, extra, h) if training else (None, None, None)),
+        gates if training and store and save_gates else None,
+        extra if training and (lstm or (store and save_extra)) else None,
+        h if training and steps is not None else None,
     )
 
 
@@ -105,7 +109,7 @@ def gradients(
     run: Run, needs: Sequence[bool], samples: int,
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None, gates: Tensor, extra: Tensor, h: Tensor,
+    w_hr: Tensor | None, steps: Tensor | None, gates: Tensor | None, extra: Tensor | None, h: Tensor,
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients by x, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr, None where `needs` has False.
 
@@ -124,9 +128,21 @@ def gradients(
     )
     spec = run.spec
     dx = _input_gradient(spec, da, w_ih) if needs[0] else None
-    r = _unprojected(gates, extra, steps) if needs[7] else None
-    weights = _weight_gradients(spec, run.reverse, needs[3:], samples, da, x, h, h0, steps, dh_all, r)
+    projected = (dh_all, _unprojected(gates, extra, steps)) if needs[7] else (None, None)
+    weights = _weight_gradients(spec, run.reverse, needs[3:], samples, da, x, h, h0, steps, *projected)
     return [dx, dh0 if needs[1] else None, dc0 if needs[2] else None, *weights]
+
+
+def per_sample(
+    function: Callable[..., tuple[Tensor, ...]], samples: int, tensors: Sequence[Tensor | None],
+    dims: Sequence[int | None], out_dims: tuple[int, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """function() of each of `samples` parts of the batch, which lies at `dims`; stacked at `out_dims`."""
+    if samples == 1:
+        return tuple(found.unsqueeze(at) for found, at in zip(function(*tensors), out_dims, strict=True))
+    dims = tuple(None if t is None else at for t, at in zip(tensors, dims, strict=True))
+    parts = (t if at is None else t.unflatten(at, (samples, -1)) for t, at in zip(tensors, dims, strict=True))
+    return torch.vmap(function, dims, out_dims)(*parts)
 
 
 def chunk_steps(T: int) -> int:
@@ -157,18 +173,18 @@ def _forward(
         w_hr=_contiguous(w_hr), steps=_contiguous(steps), reverse=reverse,
         training=keep, save_states=training or return_cells,
     )  # fmt: skip
-    none = x.new_empty(0)
     save_gates, _ = launch.saves(spec)
     masked = steps is not None
-    return (
+    results = (
         _masked(h, steps),
         h[0 if reverse else -1].clone(),
-        none if c0 is None else state.to(x.dtype, copy=True),
-        _masked(extra, steps) if masked and return_cells else none,
-        gates if keep and save_gates else none,
-        extra if extra is not None and (training or not masked) else none,
-        h if training and masked else none,
+        None if c0 is None else state.to(x.dtype, copy=True),
+        _masked(extra, steps) if masked and return_cells else None,
+        gates if keep and save_gates else None,
+        extra if training or not masked else None,
+        h if training and masked else None,
     )
+    return tuple(x.new_empty(0) if t is None else t for t in results)
 
 
 def _fake_forward(
@@ -197,8 +213,9 @@ def _fake_forward(
 
 def _backward(
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
-    gates: Tensor, extra: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor, w_hr: Tensor | None,
-    steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str, tile: list[int], bias: bool,
+    gates: Tensor | None, extra: Tensor | None, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor,
+    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
+    tile: list[int], bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0, dc0 (empty without c0), and dh_all [T, B, P] by
     the projected h (empty without w_hr).
@@ -221,8 +238,9 @@ def _backward(
 
 def _fake_backward(
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
-    gates: Tensor, extra: Tensor, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor, w_hr: Tensor | None,
-    steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str, tile: list[int], bias: bool,
+    gates: Tensor | None, extra: Tensor | None, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor,
+    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
+    tile: list[int], bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     T, B, P = h.shape
     spec = CellSpec(cell, activation)
@@ -236,7 +254,7 @@ def _fake_backward(
 
 
 def _backward_recompute(
-    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor, h: Tensor,
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor | None, h: Tensor,
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
     tile: list[int], needs: list[bool], samples: int,
@@ -273,8 +291,8 @@ def _backward_recompute(
         )  # fmt: skip
         if needs[0]:
             dx[chunk] = _input_gradient(spec, da, w_ih)
-        r = _unprojected(gates, extra_t, steps_t) if needs[7] else None
-        parts = _weight_gradients(spec, reverse, needs[3:], samples, da, x_t, h_t, h_first, steps_t, dh_all, r)
+        projected = (dh_all, _unprojected(gates, extra_t, steps_t)) if needs[7] else (None, None)
+        parts = _weight_gradients(spec, reverse, needs[3:], samples, da, x_t, h_t, h_first, steps_t, *projected)
         for total, part in zip(sums, parts, strict=True):
             if total is not None:
                 total += part
@@ -284,7 +302,7 @@ def _backward_recompute(
 
 
 def _fake_backward_recompute(
-    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor, h: Tensor,
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor | None, h: Tensor,
     x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
     tile: list[int], needs: list[bool], samples: int,
@@ -296,7 +314,7 @@ def _fake_backward_recompute(
 
 def _walk_back(
     plan: LaunchPlan, reverse: bool, dy: Tensor | None, dh: Tensor, dstate: Tensor, dcells: Tensor | None,
-    gates: Tensor | None, extra: Tensor, h: Tensor, state0: Tensor, w_hh: Tensor, w_hr: Tensor | None,
+    gates: Tensor | None, extra: Tensor | None, h: Tensor, state0: Tensor, w_hh: Tensor, w_hr: Tensor | None,
     steps: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Back through consecutive steps -> da, and the gradients by h and the state before them, complete; dh_all.
@@ -355,7 +373,8 @@ def _input_gradient(spec: CellSpec, da: Tensor, w_ih: Tensor) -> Tensor:
     """dx [T, B, I]."""
     if spec.cell == "gru":
         w_ih = w_ih.roll(w_ih.shape[0] // spec.gates, 0)
-    return _by_input_product(spec, da) @ w_ih
+    T, B, _ = da.shape
+    return (_rows(_by_input_product(spec, da)) @ w_ih).view(T, B, -1)
 
 
 def _weight_gradients(
@@ -377,18 +396,11 @@ def _weight_gradients(
         )
         return tuple(d for d in found if d is not None)
 
-    tensors = (da, x, h, h0, steps, dh_all, r)
     if not any(needs):
-        found = ()
-    elif samples == 1:
-        found = (d.unsqueeze(0) for d in of_one(*tensors))
-    else:
-        dims = (1, 1, 1, 0, 1, 1, 1)  # where the batch lies
-        present = [None if t is None else dim for t, dim in zip(tensors, dims, strict=True)]
-        parts = (t if dim is None else t.unflatten(dim, (samples, -1)) for t, dim in zip(tensors, present, strict=True))
-        found = torch.vmap(of_one, in_dims=tuple(present))(*parts)
-    wanted = iter(found)
-    return [next(wanted) if need else None for need in needs]
+        return [None] * len(needs)
+    tensors, dims = (da, x, h, h0, steps, dh_all, r), (1, 1, 1, 0, 1, 1, 1)
+    found = iter(per_sample(of_one, samples, tensors, dims, (0,) * sum(needs)))
+    return [next(found) if need else None for need in needs]
 
 
 def _recurrent_weight_gradient(by_h: Tensor, h: Tensor, h0: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:
@@ -400,12 +412,18 @@ def _recurrent_weight_gradient(by_h: Tensor, h: Tensor, h0: Tensor, steps: Tenso
         carries = _carries(steps)
         h0, h_before = torch.where(carries[first], h0, 0), torch.where(carries[rest], h_before, 0)
     found = by_h[first].t() @ h0
-    return found if T == 1 else torch.addmm(found, by_h[rest].flatten(0, 1).t(), h_before.flatten(0, 1))
+    return found if T == 1 else torch.addmm(found, _rows(by_h[rest]).t(), _rows(h_before))
 
 
 def _summed_product(left: Tensor, right: Tensor) -> Tensor:
     """sum over t of left[t]^T right[t]."""
-    return left.flatten(0, 1).t() @ right.flatten(0, 1)
+    return _rows(left).t() @ _rows(right)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[T, B, any] -> [T*B, any]. `reshape` has a batching rule for is_grads_batched too, which `flatten` lacks."""
+    T, B, columns = tensor.shape
+    return tensor.reshape(T * B, columns)
 
 
 def _unprojected(gates: Tensor, cells: Tensor, steps: Tensor | None) -> Tensor:
@@ -415,13 +433,12 @@ def _unprojected(gates: Tensor, cells: Tensor, steps: Tensor | None) -> Tensor:
 
 def _by_input_product(spec: CellSpec, da: Tensor) -> Tensor:
     """The slots of da by the input product: of the GRU in the order n, r, z."""
-    return da[..., : da.shape[-1] // launch.slots(spec)[0] * spec.gates]
+    return da[..., : da.shape[-1] // 4 * 3] if spec.cell == "gru" else da
 
 
 def _by_recurrent_product(spec: CellSpec, da: Tensor) -> Tensor:
     """The slots of da by the recurrent product, in torch.nn's order."""
-    slots, first = launch.slots(spec)
-    return da[..., da.shape[-1] // slots * first :]
+    return da[..., da.shape[-1] // 4 :] if spec.cell == "gru" else da
 
 
 def _in_gate_order(spec: CellSpec, by_x: Tensor) -> Tensor:

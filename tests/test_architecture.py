@@ -29,8 +29,9 @@ ALLOWED = {
     "host": {"spec", "reference"},
     "functional": {"spec", "devices", "plans", "planner", "reference", "launch", "ops", "autograd", "host"},
     "ragged": set(),
-    "modules": {"spec", "functional", "ragged"},
-    "cell_modules": {"spec", "functional", "modules"},
+    "checks": set(),
+    "modules": {"spec", "functional", "ragged", "checks"},
+    "cell_modules": {"spec", "functional", "modules", "checks"},
     "convert": {"modules", "cell_modules"},
     "__init__": {"spec", "planner", "reference", "functional", "modules", "cell_modules", "convert"},
 }

@@ -1,14 +1,18 @@
-"""The operators: schema and fakes, autograd, torch.compile, errors. On interpreted kernels."""
+"""The operators: schema and fakes, gradients, torch.compile, errors. On interpreted kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from concurrency import concurrent
-from numerics import CELLS, TOLERANCE, differentiate, problem, relative_error, worst_error
+from numerics import CELLS, TOLERANCE, problem, relative_error, worst_error
+from sequence_cases import PLAIN, WITH_OPTIONS, Case
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton as lt
 from lstm_triton import launch
@@ -17,36 +21,64 @@ from lstm_triton.spec import CellSpec
 ENGINES = ("local", "step")
 
 
-def arguments(cell: str, training: bool = True) -> tuple[Any, ...]:
-    x, h0, *rest = problem(cell, 3, 2, 8)
-    c0 = rest.pop(0) if cell == "lstm" else None
-    return x, h0, c0, *rest, cell, "tanh", False, "local", [16, 16], training
+def operator_calls(case: Case, training: bool, memory: str) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Every operator that a training step (or inference) calls, with its arguments."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "lstm_triton":
+                calls.append((func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)))
+            return func(*args, **kwargs or {})
+
+    inputs = [t.requires_grad_(training) for t in case.inputs(3, 2, 8, dtype=torch.float32)]
+    with Recorder():
+        outputs = case.function(lt.functional, engine="local", tile=(16, 16), memory=memory)(*inputs)
+        if training:
+            torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs])
+    return iter(calls)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell: str, training: bool) -> None:
-    args = arguments(cell, training)
-    torch.library.opcheck(torch.ops.lstm_triton.forward.default, args)
-    if training:
-        _, h0, c0, _, w_hh, *_ = args
-        y, h_n, _, gates, extra = torch.ops.lstm_triton.forward(*args)
-        dc_n = None if c0 is None else torch.randn_like(c0)
-        torch.library.opcheck(
-            torch.ops.lstm_triton.backward.default,
-            (torch.randn_like(y), torch.randn_like(h_n), dc_n, gates, y, extra, h0, c0, w_hh, cell, "tanh", True, False,
-             "local", [16, 16]),
-        )  # fmt: skip
+LSTM, GRU, RNN = PLAIN
+LSTM_OPTIONS, GRU_OPTIONS, RNN_OPTIONS = WITH_OPTIONS
+LSTM_CELLS = Case("lstm", cells=True)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradcheck(cell: str, reverse: bool, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "training", "memory"),
+    [
+        (LSTM, True, "store"), (GRU, True, "recompute"), (RNN, True, "store"),
+        (LSTM_OPTIONS, False, "store"), (LSTM_OPTIONS, True, "store"), (LSTM_OPTIONS, True, "recompute"),
+        (GRU_OPTIONS, True, "store"), (RNN_OPTIONS, True, "recompute"),
+        (LSTM_CELLS, False, "store"), (LSTM_CELLS, True, "recompute"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_opcheck(case: Case, training: bool, memory: str) -> None:
+    """Schema, fakes and tracing; and no result shares memory with another or with an argument."""
+    calls = list(operator_calls(case, training, memory))
+    assert [func.name().split("::")[1] for func, _ in calls] == [
+        "forward",
+        *([] if not training else ["backward"] if memory == "store" else ["backward_recompute"]),
+    ]
+    for func, args in calls:
+        torch.library.opcheck(func, args)
+        results = func(*args)
+        given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+        assert len(given | {t.untyped_storage()._cdata for t in results}) == len(given) + len(results)
+        assert all(t.is_contiguous() for t in results)
+
+
+@pytest.mark.parametrize(
+    ("cell", "engine", "reverse"),
+    [("lstm", "local", True), ("lstm", "step", False), ("gru", "local", False), ("gru", "step", True),
+     ("rnn", "local", True)],
+)  # fmt: skip
+def test_gradcheck(cell: str, engine: str, reverse: bool) -> None:
     inputs = [t.requires_grad_() for t in problem(cell, 2, 2, 3, features=2, dtype=torch.float64)]
     function = getattr(lt.functional, cell)
     assert torch.autograd.gradcheck(
-        lambda *a: function(*a, engine=engine, tile=(16, 16), reverse=reverse), inputs, atol=1e-7
+        lambda *a: function(*a, engine=engine, tile=(16, 16), reverse=reverse), inputs, atol=1e-7, fast_mode=True
     )
 
 
@@ -63,28 +95,17 @@ def test_gradients_only_where_asked(cell: str) -> None:
         assert torch.equal(gradient, wanted[i])
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_inference_saves_nothing(cell: str) -> None:
-    *_, gates, extra = torch.ops.lstm_triton.forward(*arguments(cell, training=False))
-    assert gates.numel() == extra.numel() == 0
+@pytest.mark.parametrize("case", [LSTM, LSTM_CELLS, *WITH_OPTIONS], ids=str)
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+def test_inference_saves_nothing(case: Case, memory: str) -> None:
+    ((_, args),) = operator_calls(case, False, memory)
+    *_, gates, extra, h = torch.ops.lstm_triton.forward(*args)
+    assert gates.numel() == h.numel() == 0
+    assert extra.numel() == (args[0].shape[0] * 2 * 8 if case.cells and not case.masked else 0)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        getattr(lt.functional, cell)(*problem(cell, 3, 2, 8))
-        assert not saved
-        getattr(lt.functional, cell)(*[t.requires_grad_() for t in problem(cell, 3, 2, 8)])
-    assert saved
-
-
-def test_training_saves_what_the_cell_needs_and_no_more() -> None:
-    """Beside inputs and weights: y, the G gates and one more tile for LSTM and GRU; y alone for the RNN."""
-    T, B, H = 3, 2, 8
-    for cell, tiles in (("lstm", 1 + 4 + 1), ("gru", 1 + 3 + 1), ("rnn", 1)):
-        inputs = [t.requires_grad_() for t in problem(cell, T, B, H)]
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            getattr(lt.functional, cell)(*inputs)
-        weights = inputs[:-2]  # all but the biases
-        assert sum(sizes) == sum(t.numel() for t in weights) + tiles * T * B * H
+        case.function(lt.functional, memory=memory)(*case.inputs(3, 2, 8))
+    assert not saved
 
 
 def test_missing_states_are_zeros() -> None:
@@ -126,23 +147,25 @@ def test_expanded_output_gradient() -> None:
     assert max(relative_error(*pair) for pair in zip(gradients, wanted, strict=True)) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_compiles_without_a_graph_break(cell: str) -> None:
-    inputs = problem(cell, 3, 2, 8)
-    function = getattr(lt.functional, cell)
-
-    def step(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return function(*args, engine="local")
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (step, compiled):
-        leaves = [t.clone().requires_grad_() for t in inputs]
-        outputs = run(*leaves)
-        results.append([*outputs, *torch.autograd.grad(sum(t.square().sum() for t in outputs), leaves)])
-        with torch.no_grad():
-            results[-1] += run(*inputs)
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+@pytest.mark.filterwarnings("error:.*must not also be an input")  # what AOTAutograd says of results that share memory
+@pytest.mark.parametrize(
+    ("case", "memory"), [(GRU, "recompute"), (LSTM_OPTIONS, "store"), (RNN_OPTIONS, "recompute")], ids=str
+)
+def test_compiles_without_a_graph_break(case: Case, memory: str) -> None:
+    """Training and inference, for any length after one compilation."""
+    function = case.function(lt.functional, engine="local", memory=memory)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    for T in (6, 7):
+        results = []
+        for run in (function, compiled):
+            leaves = [t.requires_grad_() for t in case.inputs(T, 3, 8, features=5, dtype=torch.float32)]
+            outputs = run(*leaves)
+            results.append([*outputs, *torch.autograd.grad(sum(t.square().sum() for t in outputs), leaves)])
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        assert counter.frame_count == 1
+    with torch.no_grad():
+        assert all(torch.equal(*pair) for pair in zip(function(*leaves), compiled(*leaves), strict=True))
 
 
 def test_one_state_for_both_compiles() -> None:
@@ -152,15 +175,18 @@ def test_one_state_for_both_compiles() -> None:
     assert torch.equal(compiled(h0)[0], lt.functional.lstm(x, h0, h0, *weights)[0])
 
 
-def test_double_backward_is_refused() -> None:
-    inputs = [t.requires_grad_() for t in problem("rnn", 2, 2, 8)]
-    with pytest.raises(NotImplementedError, match="create_graph=True"):
-        torch.autograd.grad(lt.functional.rnn(*inputs)[0].sum(), inputs[:1], create_graph=True)
+def test_exports_as_one_operator() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return LSTM_OPTIONS.function(lt.functional)(*tensors)
 
-
-def test_engine_reference_differentiates_twice() -> None:
-    inputs = [t.requires_grad_() for t in problem("rnn", 2, 2, 8, dtype=torch.float64)]
-    assert torch.autograd.gradgradcheck(lambda *a: lt.functional.rnn(*a, engine="reference"), inputs)
+    inputs = tuple(LSTM_OPTIONS.inputs(3, 2, 8))
+    with torch.no_grad():
+        program = torch.export.export(Module(), inputs)
+    ours = [node.target for node in program.graph.nodes if "lstm_triton" in str(node.target)]
+    assert ours == [torch.ops.lstm_triton.forward.default]
+    wanted = LSTM_OPTIONS.function(lt.functional)(*inputs)
+    assert all(torch.equal(*pair) for pair in zip(program.module()(*inputs), wanted, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -185,9 +211,7 @@ def test_engine_reference_differentiates_twice() -> None:
         ({"b_hh": torch.zeros(32, device="meta")}, ValueError, "b_hh must be on x's device cpu, got meta"),
         ({"activation": "relu"}, NotImplementedError, "activation='relu' is not available for 'lstm'"),
         ({"peephole": torch.zeros(3, 8)}, NotImplementedError, "peephole"),
-        ({"lengths": torch.tensor([3, 2])}, NotImplementedError, "lengths"),
-        ({"memory": "recompute"}, NotImplementedError, "memory='recompute'"),
-        ({"return_cells": True}, NotImplementedError, "return_cells"),
+        ({"memory": "none"}, ValueError, "memory must be one of 'store', 'recompute', got 'none'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )  # fmt: skip
@@ -219,22 +243,6 @@ def test_no_input_features() -> None:
     assert worst_error("gru", inputs, engine="local") <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_forward_mode_is_refused(cell: str) -> None:
-    """Nothing requires a gradient, yet a tangent must not be lost."""
-    x, *rest = problem(cell, 2, 2, 8)
-    function = getattr(lt.functional, cell)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|setup_context"):
-        torch.func.jvp(lambda z: function(z, *rest)[0], (x,), (torch.ones_like(x),))
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"),
-    ):
-        function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), *rest)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.vmap(lambda z: function(z, *rest)[0])(x[None])
-
-
 @pytest.mark.both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
@@ -260,9 +268,19 @@ def test_threads() -> None:
     assert all(torch.equal(y, wanted) for y in results)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "resident", "streamed"])
-def test_every_launch_gets_the_same_pointers(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton compiles anew for a pointer of another alignment: whole tensors go in, never a step's slice of one."""
+@pytest.mark.parametrize(
+    ("case", "T", "options"),
+    [
+        *((RNN, 5, {"engine": engine}) for engine in (*ENGINES, "resident", "streamed")),
+        *((case, 33, {"engine": "local", "memory": "recompute"}) for case in (LSTM_OPTIONS, GRU_OPTIONS)),
+    ],
+)
+def test_every_launch_gets_the_same_pointers(
+    case: Case, T: int, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles anew for a pointer of another alignment: whole tensors go in, never a step's slice of one, and of
+    chunks of steps only such as begin where a tensor might.
+    """
     aligned: set[tuple[bool, ...]] = set()
     run = launch._run
 
@@ -271,9 +289,11 @@ def test_every_launch_gets_the_same_pointers(engine: str, monkeypatch: pytest.Mo
         run(kernel, plan, tensors, *rest)
 
     monkeypatch.setattr(launch, "_run", remember)
+    inputs = [t.requires_grad_() for t in case.inputs(T, 3, 7, features=3, dtype=torch.float16)]
     with concurrent(0):
-        differentiate("rnn", problem("rnn", 5, 3, 7), None, lt.functional, engine=engine, tile=(16, 8))
-    assert all(all(flags) for flags in aligned)
+        outputs = case.function(lt.functional, tile=(16, 8), **options)(*inputs)
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs])
+    assert aligned and all(all(flags) for flags in aligned)
 
 
 def test_slots_name_each_cell() -> None:

@@ -18,9 +18,21 @@ from lstm_triton import launch
 ENGINES = ("resident", "streamed")
 
 
-def train(cell: str, engine: str, T: int = 4) -> None:
+def train(cell: str, engine: str, T: int = 4, **options: Any) -> None:
     """Forward and backward: two groups of three programs."""
-    differentiate(cell, problem(cell, T, 18, 20), None, lt.functional, engine=engine, tile=(16, 8))
+    differentiate(cell, problem(cell, T, 18, 20), None, lt.functional, engine=engine, tile=(16, 8), **options)
+
+
+def projected(T: int) -> list[torch.Tensor]:
+    """An LSTM's x, states, weights and w_hr: two products a step, of which the third program has no part in one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (T, 18, 5), (18, 12), (18, 20), (80, 5), (80, 12), (12, 20)
+    return [torch.randn(shape, generator=generator) * 0.5 for shape in shapes]
+
+
+def project(inputs: list[torch.Tensor], engine: str, **options: Any) -> tuple[torch.Tensor, ...]:
+    *rest, w_hr = inputs
+    return lt.functional.lstm(*rest, w_hr=w_hr, engine=engine, tile=(16, 8), **options)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -33,6 +45,25 @@ def test_no_race(cell: str, engine: str, policy: str, seed: int) -> None:
     assert run.launches == 2
     assert run.switches > 20
     assert not run.races, run.describe()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_race_with_two_products_or_skipped_steps(engine: str, policy: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask, reset = (torch.rand(4, 18, generator=generator) < share for share in (0.7, 0.3))
+    for cell in ("lstm", "gru"):
+        with concurrent(0, policy=policy) as run:
+            train(cell, engine, mask=mask, reset=reset)
+        assert run.launches == 2 and run.switches > 20
+        assert not run.races, run.describe()
+    inputs = [t.requires_grad_() for t in projected(4)]
+    for options in ({}, {"mask": mask, "reset": reset, "return_cells": True}):
+        with concurrent(0, policy=policy) as run:
+            results = project(inputs, engine, **options)
+            torch.autograd.grad(sum(t.sum() for t in results), inputs)
+        assert run.launches == 2 and run.switches > 40
+        assert not run.races, run.describe()
 
 
 @triton.jit
@@ -88,30 +119,71 @@ def publish_by_store(counter_ptr):
 )
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("products", [1, 2])
 def test_planted_faults_are_found(
-    engine: str, backward: bool, name: str, fault: object, monkeypatch: pytest.MonkeyPatch
+    products: int, engine: str, backward: bool, name: str, fault: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in the forward kernel alone and, behind a sound forward, in the backward kernel alone."""
     kernel = sequence.sequence_backward if backward else sequence.sequence_forward
     found = []
     for policy in ("random", "priority"):
         with concurrent(0, policy=policy) as run:
-            inputs = [t.requires_grad_() for t in problem("lstm", 6, 18, 20)]
+            inputs = [t.requires_grad_() for t in (problem("lstm", 6, 18, 20) if products == 1 else projected(6))]
+            call = project if products == 2 else lambda inputs, e: lt.functional.lstm(*inputs, engine=e, tile=(16, 8))
             try:
                 if backward:
-                    y, *_ = lt.functional.lstm(*inputs, engine=engine, tile=(16, 8))
+                    y, *_ = call(inputs, engine)
                     assert not run.races
                 with monkeypatch.context() as patch:
                     patch.setattr(sequence, name, fault)
                     if backward:
                         y.sum().backward()
                     else:
-                        lt.functional.lstm(*inputs, engine=engine, tile=(16, 8))
+                        call(inputs, engine)
             except (Livelock, RuntimeError):
                 pass  # a lost count can also leave everybody waiting: that is noticed, too, but the race must be
         found += run.races
     assert found
     assert {race.kernel for race in found} == {kernel.fn.__name__}
+
+
+@triton.jit
+def wait_once_a_step(counter_ptr, target, polls):
+    """Sound between two steps, not between the two products of one: a group is three programs."""
+    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while (seen < target) & (target // 3 % 2 == 0):
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return target >= 0
+
+
+@triton.jit
+def wait_between_products_alone(counter_ptr, target, polls):
+    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while (seen < target) & (target // 3 % 2 == 1):
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return target >= 0
+
+
+@pytest.mark.parametrize("fault", [wait_once_a_step, wait_between_products_alone], ids=lambda fault: fault.fn.__name__)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_each_of_two_waits_is_needed(
+    engine: str, backward: bool, fault: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for policy in ("random", "priority"):
+        inputs = [t.requires_grad_() for t in projected(4)]
+        with concurrent(0, policy=policy) as run, monkeypatch.context() as patch:
+            if not backward:
+                patch.setattr(sequence, "wait", fault)
+            y, *_ = project(inputs, engine)
+            patch.setattr(sequence, "wait", fault)
+            if backward:
+                y.sum().backward()
+        found += run.races
+    assert found and {race.kernel for race in found} == {"sequence_backward" if backward else "sequence_forward"}
 
 
 def test_a_wait_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,194 @@
+"""One layer in one direction where no kernel runs: on torch's own layers (ATen) where they have it, else `reference`.
+
+What runs where:
+    plain, projection (w_hr)    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu
+    lengths alone               the same on a packed sequence, as torch.nn.utils.rnn packs it; reads the lengths
+    mask, reset, return_cells   `reference`, step by step in eager PyTorch
+    torch.func, forward mode    `reference`: ATen has no batching rules for its layers and no tangents for packing
+    torch.compile and export    any of these inside one operator, lstm_triton::host_forward, so that the time loop is
+                                not unrolled and compiled again for every T; its backward runs forward a second time
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import reference
+from .spec import CellSpec
+
+_TENSORS = (
+    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? lengths, Tensor? mask, Tensor? reset"
+)
+_SETTINGS = "str cell, str activation, bool reverse, bool return_cells"
+_library = torch.library.Library("lstm_triton", "FRAGMENT")
+_library.define(f"host_forward({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"host_backward(Tensor dy, Tensor dh_n, Tensor? dc_n, Tensor? dcells, {_TENSORS}, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def sequence(
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None,
+    *, spec: CellSpec, reverse: bool, return_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """-> y [T, B, P|H], h_n [B, P|H], c_n [B, H] or None, cells [T, B, H] or None. Shapes, semantics: functional.lstm.
+
+    T = 0 raises torch.nn's RuntimeError.
+    """
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset)
+    settings = (spec.cell, spec.activation, reverse, return_cells)
+    if not torch.compiler.is_compiling() or _transformed():
+        return _run(*tensors, *settings)
+    y, h_n, c_n, cells = torch.ops.lstm_triton.host_forward(*tensors, *settings)
+    return y, h_n, None if c0 is None else c_n, cells if return_cells else None
+
+
+def _transformed() -> bool:
+    """A transform of torch.func or a forward-mode derivative is about, for which neither ATen nor the operator is fit."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _run(
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None,
+    cell: str, activation: str, reverse: bool, return_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """`sequence`, eagerly."""
+    T, B, _ = x.shape
+    stepwise = mask is not None or reset is not None or return_cells or _transformed()
+    if stepwise and T > 0:
+        spec = CellSpec(cell, activation, b_ih is not None, 0 if w_hr is None else w_hr.shape[0])
+        return reference.sequence(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset,
+            spec=spec, reverse=reverse, return_cells=return_cells,
+        )  # fmt: skip
+    states = [h0] if c0 is None else [h0, c0]
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
+    # Packing refuses an empty batch, whose lengths say nothing anyway.
+    if lengths is not None and T > 0 and B > 0:
+        y, *last = _run_packed(cell, activation, x, states, weights, lengths, reverse)
+    else:
+        y, *last = _layer(cell, activation, (x.flip(0) if reverse else x,), states, weights)
+        y = y.flip(0) if reverse else y
+    return (y, *last, None, None)[:4]
+
+
+def _run_packed(
+    cell: str, activation: str, x: Tensor, states: list[Tensor], weights: list[Tensor], lengths: Tensor, reverse: bool
+) -> tuple[Tensor, ...]:
+    """-> y [T, B, P|H] and the last states."""
+    T = x.shape[0]
+    lengths = lengths.long().clamp(0, T)
+    # Packing has no rows without a step: they take one, on zeros, and what comes of it is dropped.
+    unused = (lengths == 0)[:, None]
+    if reverse:
+        # Every row back to front within its own length.
+        t = torch.arange(T, device=x.device)[:, None]
+        order = torch.where(t < lengths, lengths - 1 - t, t)[..., None]
+        x = x.gather(0, order.expand_as(x))
+    x = x.masked_fill(unused, 0)
+    packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
+    ordered = [s.masked_fill(unused, 0)[packed.sorted_indices] for s in states]
+    data, *last = _layer(cell, activation, packed[:2], ordered, weights)
+    y, _ = pad_packed_sequence(PackedSequence(data, *packed[1:]), total_length=T)
+    y = y.masked_fill(unused, 0)
+    if reverse:
+        y = y.gather(0, order.expand_as(y))
+    return y, *(torch.where(unused, s, n[packed.unsorted_indices]) for s, n in zip(states, last, strict=True))
+
+
+def _layer(
+    cell: str, activation: str, inputs: tuple[Tensor, ...], states: list[Tensor], weights: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """ATen's layer on x [T, B, I], or on packed data and batch sizes -> outputs, last states."""
+    # biases, layers, dropout, training, bidirectional, and without packing batch_first
+    settings = (len(weights) >= 4, 1, 0.0, False, False, *([False] if len(inputs) == 1 else []))
+    initial = [s[None] for s in states]
+    if cell == "lstm":
+        y, *last = torch.lstm(*inputs, initial, weights, *settings)
+    else:
+        function = {"gru": torch.gru, "rnn": torch.rnn_relu if activation == "relu" else torch.rnn_tanh}[cell]
+        y, *last = function(*inputs, *initial, weights, *settings)
+    return y, *(s[0] for s in last)
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    """What does not apply (c_n of a GRU, cells where not asked for) is an empty tensor."""
+    x = args[0]
+    with torch.no_grad():
+        return tuple(x.new_empty(0) if t is None else t.contiguous() for t in _run(*args))
+
+
+def _fake_forward(
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None,
+    cell: str, activation: str, reverse: bool, return_cells: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    T = x.shape[0]
+    return (
+        x.new_empty(T, *h0.shape),
+        x.new_empty(h0.shape),
+        x.new_empty(0) if c0 is None else x.new_empty(c0.shape),
+        x.new_empty(T, *c0.shape) if return_cells else x.new_empty(0),
+    )
+
+
+def _backward(
+    dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, dcells: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients by x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, empty for those that are None. Runs forward again."""
+    tensors, rest = args[:8], args[8:]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    with torch.enable_grad():
+        outputs = _run(*leaves, *rest)
+    found = iter(
+        torch.autograd.grad(
+            [y for y in outputs if y is not None],
+            [t for t in leaves if t is not None],
+            [d for d in (dy, dh_n, dc_n, dcells) if d is not None],
+        )
+    )
+    # Copies: an operator's results must not share memory, and the gradients by both biases are one tensor.
+    return tuple(
+        dy.new_empty(0) if t is None else next(found).clone(memory_format=torch.contiguous_format) for t in leaves
+    )
+
+
+def _fake_backward(
+    dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, dcells: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(dy.new_empty(0 if t is None else t.shape) for t in args[:8])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.cell, ctx.activation, ctx.reverse, ctx.return_cells = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, dcells: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        # Without this, the gradients would come back detached, and a penalty on them would count for nothing.
+        raise NotImplementedError("create_graph=True is not available in a compiled or exported program")
+    tensors = ctx.saved_tensors
+    gradients = torch.ops.lstm_triton.host_backward(
+        dy, dh_n, None if tensors[2] is None else dc_n, dcells if ctx.return_cells else None, *tensors,
+        ctx.cell, ctx.activation, ctx.reverse, ctx.return_cells,
+    )  # fmt: skip
+    return *(None if t is None else d for t, d in zip(tensors[:8], gradients, strict=True)), *(None,) * 7
+
+
+for _name, _function, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
+    _library.impl(f"host_{_name}", _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lstm_triton::host_{_name}", _fake, lib=_library)
+torch.library.register_autograd("lstm_triton::host_forward", _differentiate, setup_context=_save, lib=_library)
+# PyTorch runs an operator's implementation with autograd switched off in the dispatcher, where enable_grad() records
+# nothing. host_backward has to record, so the dispatcher passes over autograd's key for it instead: a public means, and
+# one that cannot go wrong unseen, since torch.autograd.grad raises where nothing was recorded.
+_library.impl("host_backward", torch.library.fallthrough_kernel, "Autograd")
