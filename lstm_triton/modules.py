@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import numbers
-import warnings
-from typing import ClassVar
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +12,30 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
+from .checks import autocasts, check_arguments, check_attributes, refuse_unsupported
+from .ragged import Packing, batch_of_one, packing_of
 from .spec import Activation, CellSpec, refuse_later_options
 
 Device = torch.device | str | int | None
+#: The initial or final state as the layers take and return it: of LSTM the pair (h, c).
+State = Tensor | tuple[Tensor, Tensor]
+
+#: torch.nn's names of a layer's parameters, by the functions' names of them.
+PARAMETER_NAMES = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh", "w_hr": "weight_hr"}
 
 
 class RNNBase(nn.Module):
     """What the three layers share: parameters, checks, and the loop over layers and directions.
 
-    Not a subclass of torch.nn.RNNBase, at which torch.compile breaks the graph. Parameters are read at every call and
-    kept in no flat copy, so that parametrizations, weight dropping, `functional_call` and FSDP work.
+    Not a subclass of torch.nn.RNNBase, at which torch.compile breaks the graph. Parameters are read once at every call
+    and kept in no flat copy, so that parametrizations, weight dropping, `functional_call` and FSDP work.
 
-    Parameters of layer k, with D directions (the backward one's names end in `_reverse`) and G gates:
-        weight_ih_lk: [G*H, I] for k = 0, [G*H, D*H] above.
-        weight_hh_lk: [G*H, H].
+    Parameters of layer k, with D directions (the backward one's names end in `_reverse`), G gates, and P columns of h,
+    which are proj_size of them where it is given, H otherwise:
+        weight_ih_lk: [G*H, I] for k = 0, [G*H, D*P] above.
+        weight_hh_lk: [G*H, P].
         bias_ih_lk, bias_hh_lk: [G*H], absent with bias=False.
+        weight_hr_lk: [P, H], present with proj_size.
     All are drawn from U(-1/sqrt(H), 1/sqrt(H)), in this order, as torch.nn does.
     """
 
@@ -39,7 +47,7 @@ class RNNBase(nn.Module):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float,
         bidirectional: bool, proj_size: int, device: Device, dtype: torch.dtype | None, activation: Activation,
-        engine: str, later: dict[str, object],
+        memory: str, engine: str, later: dict[str, object],
     ) -> None:  # fmt: skip
         super().__init__()
         self.input_size = input_size
@@ -51,21 +59,25 @@ class RNNBase(nn.Module):
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         self.activation = activation
+        self.memory = memory
         self.engine = engine
-        _check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
-        refuse_later_options(proj_size=proj_size, **later)
+        check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        refuse_later_options(**later)
         functional.check_engine(engine)
-        gates = CellSpec(self.cell, activation=activation, bias=bias).gates
+        functional.check_memory(memory)
 
-        directions = 2 if bidirectional else 1
-        rows = gates * hidden_size
+        spec = CellSpec(self.cell, activation=activation, bias=bias, proj=proj_size)
+        self._arguments = tuple(spec.parameters(input_size, hidden_size))
+        suffixes = ("", "_reverse") if bidirectional else ("",)
+        self._all_weights = []
         for layer in range(num_layers):
-            columns = input_size if layer == 0 else directions * hidden_size
-            for names in self._weight_names(layer):
-                shapes = ((rows, columns), (rows, hidden_size), (rows,), (rows,))
-                # not strict: without biases there are two names
-                for name, shape in zip(names, shapes, strict=False):
+            inputs = input_size if layer == 0 else len(suffixes) * spec.output(hidden_size)
+            shapes = spec.parameters(inputs, hidden_size)
+            for suffix in suffixes:
+                names = [f"{PARAMETER_NAMES[argument]}_l{layer}{suffix}" for argument in self._arguments]
+                for name, shape in zip(names, shapes.values(), strict=True):
                     setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+                self._all_weights.append(names)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -76,120 +88,209 @@ class RNNBase(nn.Module):
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each parameter where it is."""
 
-    def _weight_names(self, layer: int) -> list[tuple[str, ...]]:
-        """Parameter names of one layer, a tuple for each direction."""
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        return [tuple(f"{kind}_l{layer}{suffix}" for kind in kinds) for suffix in suffixes]
+    @property
+    def mode(self) -> str:
+        """torch.nn's name of what is computed."""
+        return self.cell.upper()
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
-        """The parameters, a list for each layer and direction."""
-        return [
-            [getattr(self, name) for name in names]
-            for layer in range(self.num_layers)
-            for names in self._weight_names(layer)
-        ]
+        """The parameters as they are now, a list for each layer and direction."""
+        return self._read_weights()
+
+    def _read_weights(self) -> list[list[Tensor]]:
+        # not in the property: nn.Module would say of a missing parameter that all_weights is missing
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return list(chain(*self._all_weights))
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
 
     def forward(
         self,
-        input: Tensor,
-        hx: Tensor | tuple[Tensor, Tensor] | None = None,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
         *,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         return_cells: bool = False,
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    ) -> tuple[Any, ...]:
         """Run all layers and directions over a sequence.
 
-        input: [T, B, I], [B, T, I] with batch_first, or [T, I] unbatched.
-        hx: the initial state, zeros where None: h_0 [L*D, B, H], for LSTM the pair (h_0, c_0); without B if unbatched.
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+        hx: the initial state, zeros where None: h_0 [L*D, B, P], for LSTM the pair (h_0, c_0) with c_0 [L*D, B, H];
+            without B if unbatched; in the order of the caller's rows for a PackedSequence.
+        lengths: int [B], on the input's device, [] if unbatched, none for a PackedSequence, which has its own. Steps
+            past a row's length give zeros, and the final state is that of its last step; the backward direction starts
+            at each row's own end.
+        mask: bool [T, B], [T] if unbatched, whatever batch_first says. Where false the step is skipped: its state held,
+            its output zero.
+        reset: bool, shaped as mask. Where true the state is zeroed before that step.
+        return_cells: LSTM only; also return c after every step of the last layer.
 
-        Returns output [T, B, D*H] in the input's layout, and the final state in the layout of hx.
+        Returns output [T, B, D*P], in the input's layout, and the final state in the layout of hx. With return_cells
+        also cells [T, B, D*H], [T, D*H] if unbatched, a PackedSequence for a PackedSequence.
+
+        Raises what torch.nn raises for a wrong input or hx, and ValueError naming any other wrong argument.
         """
-        refuse_later_options(lengths=lengths, mask=mask, reset=reset, return_cells=return_cells)
+        if return_cells and self.cell != "lstm":
+            raise ValueError(f"return_cells must be False for {type(self).__name__}, which has no cell state")
+        weights = self._read_weights()
         if isinstance(input, PackedSequence):
-            raise NotImplementedError("PackedSequence input is not available in this version of lstm_triton")
+            if lengths is not None:
+                raise ValueError("lengths must be None for a PackedSequence, which has its own")
+            return self._forward_packed(input, hx, weights, mask, reset, return_cells)
         if input.dim() not in (2, 3):
             raise ValueError(self.input_dim_error.format(input.dim()))
+        state = () if hx is None else self._split_state(hx, input.dim())
         batched = input.dim() == 3
-        state = _split_state(hx, self.states, batched)
         if not batched:
+            lengths, mask, reset = batch_of_one(lengths, mask, reset, input.size(0))
             input = input.unsqueeze(0 if self.batch_first else 1)
             state = tuple(s.unsqueeze(1) for s in state)
-        self._check_input(input)
-        self._check_state(input, state)
+        self._check_call(input, state, weights, None)
 
-        x, final = self._run_layers(input.transpose(0, 1) if self.batch_first else input, state)
+        x = input.transpose(0, 1) if self.batch_first else input
+        x, state, cells = self._run_layers(x, state, weights, lengths, mask, reset, return_cells, None)
         if not batched:
-            x, final = x.squeeze(1), tuple(s.squeeze(1) for s in final)
+            x, state, cells = x.squeeze(1), tuple(s.squeeze(1) for s in state), [c.squeeze(1) for c in cells]
         elif self.batch_first:
             x = x.transpose(0, 1)
-        return x, final if self.states > 1 else final[0]
+        return x, self._join_state(state), *cells
 
-    def _run_layers(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x [T, B, I] and each state [L*D, B, H], or no state -> output [T, B, D*H] and final states."""
+    def _forward_packed(
+        self, input: PackedSequence, hx: State | None, weights: list[list[Tensor]], mask: Tensor | None,
+        reset: Tensor | None, return_cells: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """On padded steps, rows sorted by length; results in the caller's packing, states in the caller's order."""
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        state = () if hx is None else self._split_state(self.permute_hidden(hx, sorted_indices), None)
+        self._check_call(data, state, weights, batch_sizes)
+        if sorted_indices is not None:
+            mask, reset = (None if m is None else m.index_select(1, sorted_indices) for m in (mask, reset))
+
+        packing = packing_of(batch_sizes, data.device)
+        x, state, cells = self._run_layers(
+            packing.pad(data), state, weights, packing.lengths, mask, reset, return_cells, packing
+        )
+        x, *cells = (
+            PackedSequence(packing.pack(t), batch_sizes, sorted_indices, unsorted_indices) for t in (x, *cells)
+        )
+        return x, self.permute_hidden(self._join_state(state), unsorted_indices), *cells
+
+    def _run_layers(
+        self, x: Tensor, state: tuple[Tensor, ...], weights: list[list[Tensor]], lengths: Tensor | None,
+        mask: Tensor | None, reset: Tensor | None, return_cells: bool, packing: Packing | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:  # fmt: skip
+        """x [T, B, I] and each state [L*D, B, ...], or no state -> output [T, B, D*P], final states, and with
+        return_cells a list of the last layer's cells [T, B, D*H].
+        """
         run = getattr(functional, self.cell)
+        options = {"activation": self.activation, "lengths": lengths, "mask": mask, "reset": reset}
+        options |= {"memory": self.memory, "engine": self.engine}
         # one initial state for each layer and direction
-        rows = list(zip(*(s.unbind(0) for s in state), strict=True)) if state else None
+        initial = list(zip(*(s.unbind(0) for s in state), strict=True)) or [(None,) * self.states] * len(weights)
+        directions = 2 if self.bidirectional else 1
         finals = []
         for layer in range(self.num_layers):
-            outputs = []
-            for direction, names in enumerate(self._weight_names(layer)):
-                initial = rows[len(finals)] if rows else (None,) * self.states
-                weights = [getattr(self, name) for name in names]
-                y, *last = run(
-                    x, *initial, *weights, activation=self.activation, reverse=direction == 1, engine=self.engine
-                )
+            last = layer == self.num_layers - 1
+            if return_cells and last:
+                options["return_cells"] = True
+            outputs, cells = [], []
+            for direction in range(directions):
+                k = layer * directions + direction
+                parameters = dict(zip(self._arguments, weights[k], strict=True))
+                y, *rest = run(x, *initial[k], **parameters, reverse=direction == 1, **options)
                 outputs.append(y)
-                finals.append(last)
-            x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-            if self.dropout and self.training and layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout)
-        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
+                finals.append(rest[: self.states])
+                cells += rest[self.states :]
+            x = _concatenate(outputs)
+            if self.dropout and self.training and not last:
+                # torch.nn draws for the steps that there are, not for padding
+                steps = F.dropout(x if packing is None else packing.pack(x), self.dropout)
+                x = steps if packing is None else packing.pad(steps)
+        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True)), [_concatenate(cells)] if cells else []
 
-    def _check_input(self, input: Tensor) -> None:
-        weight = self.weight_ih_l0
-        if input.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+    def _check_call(
+        self, input: Tensor, state: tuple[Tensor, ...], weights: list[list[Tensor]], batch_sizes: Tensor | None
+    ) -> None:
+        """torch.nn's checks in its order: its own, then ATen's."""
+        if batch_sizes is not None and self.cell == "lstm":
+            # this one torch.nn leaves to ATen altogether
+            check_attributes(input, state, chain(*weights))
+        if state:
+            self.check_forward_args(input, self._join_state(state), batch_sizes)
+        else:
+            self.check_input(input, batch_sizes)
+        check_attributes(input, state, chain(*weights))
+        if batch_sizes is None and input.size(1 if self.batch_first else 0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise ValueError or RuntimeError for an input [T, B, I], or packed data [N, I], of another dtype or shape."""
+        dtype = self.weight_ih_l0.dtype
+        if input.dtype != dtype and not autocasts(input):
             raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
             )
+        dims = 3 if batch_sizes is None else 2
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
         if input.size(-1) != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
             )
 
-    def _check_state(self, input: Tensor, state: tuple[Tensor, ...]) -> None:
-        batch, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
-        expected = (self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size)
-        for i, s in enumerate(state):
-            if s.shape != expected:
-                what = "hidden size" if self.states == 1 else f"hidden[{i}] size"
-                raise RuntimeError(f"Expected {what} {expected}, got {list(s.shape)}")
-        others = [("hidden", s) for s in state] + [("parameter", w) for names in self.all_weights for w in names]
-        for name, other in others:
-            if other.device != input.device:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not at the same device, "
-                    f"found input tensor at {input.device} and {name} tensor at {other.device}"
-                )
-        if steps == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The shape of h_0 for this input: (L*D, B, P)."""
+        layers, batch, hidden = self._state_size(input, batch_sizes)
+        return layers, batch, self.proj_size or hidden
+
+    def _state_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """(L*D, B, H)."""
+        batch = input.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        return len(self._all_weights), batch, self.hidden_size
+
+    def check_hidden_size(
+        self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
+    ) -> None:
+        """Raise RuntimeError(msg) if hx has another shape."""
+        if hx.size() != expected_hidden_size:
+            raise RuntimeError(msg.format(expected_hidden_size, list(hx.size())))
+
+    def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:
+        """Raise what torch.nn raises for an input [T, B, I], or packed data [N, I], and a state that do not fit."""
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(hidden, self.get_expected_hidden_size(input, batch_sizes))
+
+    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:
+        """The state with its rows in the order of `permutation` [B]."""
+        return hx if permutation is None else hx.index_select(1, permutation)
+
+    def _split_state(self, hx: State, input_dim: int | None) -> tuple[Tensor, ...]:
+        """hx as a tuple; of as many dimensions as the input, if its are given."""
+        if input_dim is not None and hx.dim() != input_dim:
+            raise RuntimeError(
+                f"For {_BATCHED[input_dim]} {input_dim}-D input, hx should also be {input_dim}-D "
+                f"but got {hx.dim()}-D tensor"
+            )
+        return (hx,)
+
+    def _join_state(self, state: tuple[Tensor, ...]) -> State:
+        return state[0]
 
     def extra_repr(self) -> str:
-        shown = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0.0,
-            "bidirectional": False,
-            "engine": "auto",
-        }
-        shown += [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
-        return ", ".join(shown)
+        """The sizes, and what is not at its default, as torch.nn shows it."""
+        return f"{self.input_size}, {self.hidden_size}" + shown_options(
+            self, proj_size=0, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
+            memory="store", engine="auto",
+        )  # fmt: skip
 
 
 class LSTM(RNNBase):
@@ -197,10 +298,11 @@ class LSTM(RNNBase):
 
         i, f, o = sigmoid(W_ih x[t] + b_ih + W_hh h[t-1] + b_hh),  g = tanh(likewise)
         c[t] = f * c[t-1] + i * g
-        h[t] = o * tanh(c[t])
+        h[t] = o * tanh(c[t]), with proj_size W_hr times that (Sak et al. 2014)
 
-    Arguments and state are torch.nn.LSTM's. engine: "auto", or the schedule to use, see `lt.functional.lstm`.
-    An option that no kernel has yet raises NotImplementedError naming it.
+    Arguments and state are torch.nn.LSTM's. memory: "store", or "recompute" to keep less for backward and compute it
+    there. engine: "auto", or the schedule to use, see `lt.functional.lstm`. An option that no kernel has yet raises
+    NotImplementedError naming it.
     """
 
     cell = "lstm"
@@ -222,12 +324,39 @@ class LSTM(RNNBase):
             "peephole": peephole, "coupled": coupled, "cell_clip": cell_clip, "output_activation": output_activation,
             "recurrent_activation": recurrent_activation, "layer_norm": layer_norm, "zoneout": zoneout,
             "recurrent_dropout": recurrent_dropout, "input_dropout": input_dropout,
-            "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip, "memory": memory,
+            "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip,
         }  # fmt: skip
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            activation, engine, later,
+            activation, memory, engine, later,
         )  # fmt: skip
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The shape of c_0 for this input: (L*D, B, H)."""
+        return self._state_size(input, batch_sizes)
+
+    def check_forward_args(self, input: Tensor, hidden: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
+        self.check_input(input, batch_sizes)
+        sizes = self.get_expected_hidden_size(input, batch_sizes), self.get_expected_cell_size(input, batch_sizes)
+        for i, size in enumerate(sizes):
+            self.check_hidden_size(hidden[i], size, f"Expected hidden[{i}] size {{}}, got {{}}")
+
+    def permute_hidden(self, hx: tuple[Tensor, Tensor], permutation: Tensor | None) -> tuple[Tensor, Tensor]:
+        return hx if permutation is None else (hx[0].index_select(1, permutation), hx[1].index_select(1, permutation))
+
+    def _split_state(self, hx: tuple[Tensor, Tensor], input_dim: int | None) -> tuple[Tensor, Tensor]:
+        if input_dim is not None and not hx[0].dim() == hx[1].dim() == input_dim:
+            raise RuntimeError(
+                f"For {_BATCHED[input_dim]} {input_dim}-D input, hx and cx should also be {input_dim}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        # as torch.nn, which reads the first two for unbatched input
+        if input_dim != 2 and len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        return hx[0], hx[1]
+
+    def _join_state(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return state
 
 
 class GRU(RNNBase):
@@ -237,7 +366,7 @@ class GRU(RNNBase):
         n = tanh(W_in x[t] + b_in + r * (W_hn h[t-1] + b_hn))
         h[t] = (1 - z) * n + z * h[t-1]
 
-    Arguments and state are torch.nn.GRU's. engine: "auto", or the schedule to use, see `lt.functional.gru`.
+    Arguments and state are torch.nn.GRU's; memory and engine as LSTM's.
     An option that no kernel has yet raises NotImplementedError naming it.
     """
 
@@ -253,25 +382,24 @@ class GRU(RNNBase):
         input_dropout: float = 0.0, dropout_per_gate: bool = False, gate_clip: float | None = None,
         memory: str = "store", engine: str = "auto", **unsupported: object,
     ) -> None:  # fmt: skip
-        _refuse_unsupported("GRU", unsupported)
+        refuse_unsupported("GRU", unsupported)
         later = {
             "reset_after": reset_after,
             "recurrent_activation": recurrent_activation, "layer_norm": layer_norm, "zoneout": zoneout,
             "recurrent_dropout": recurrent_dropout, "input_dropout": input_dropout,
-            "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip, "memory": memory,
+            "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip,
         }  # fmt: skip
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            activation, engine, later,
+            activation, memory, engine, later,
         )  # fmt: skip
 
 
 class RNN(RNNBase):
     """Elman network (1990), as torch.nn.RNN: h[t] = tanh(W_ih x[t] + b_ih + W_hh h[t-1] + b_hh), or relu of it.
 
-    Arguments and state are torch.nn.RNN's; `activation`, where it is not "tanh", wins over `nonlinearity`.
-    engine: "auto", or the schedule to use, see `lt.functional.rnn`.
-    An option that no kernel has yet raises NotImplementedError naming it.
+    Arguments and state are torch.nn.RNN's; `activation`, where it is not "tanh", wins over `nonlinearity`. memory and
+    engine as LSTM's. An option that no kernel has yet raises NotImplementedError naming it.
     """
 
     cell = "rnn"
@@ -286,17 +414,17 @@ class RNN(RNNBase):
         input_dropout: float = 0.0, dropout_per_gate: bool = False, gate_clip: float | None = None,
         memory: str = "store", engine: str = "auto", **unsupported: object,
     ) -> None:  # fmt: skip
-        _refuse_unsupported("RNN", unsupported)
+        refuse_unsupported("RNN", unsupported)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         later = {
             "recurrent_activation": recurrent_activation, "layer_norm": layer_norm, "zoneout": zoneout,
             "recurrent_dropout": recurrent_dropout, "input_dropout": input_dropout,
-            "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip, "memory": memory,
+            "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip,
         }  # fmt: skip
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            nonlinearity if activation == "tanh" else activation, engine, later,
+            nonlinearity if activation == "tanh" else activation, memory, engine, later,
         )  # fmt: skip
 
     @property
@@ -304,60 +432,21 @@ class RNN(RNNBase):
         """torch.nn's name of the activation."""
         return self.activation
 
-
-def _check_arguments(
-    input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, proj_size: int
-) -> None:
-    """torch.nn's checks, in its order and its words."""
-    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
-        raise ValueError(
-            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
-        )
-    if dropout > 0 and num_layers == 1:
-        warnings.warn(
-            "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects num_layers "
-            f"greater than 1, but got dropout={dropout} and num_layers={num_layers}",
-            stacklevel=4,  # the line that builds the layer
-        )
-    for name, value, kind in (
-        ("bias", bias, bool),
-        ("batch_first", batch_first, bool),
-        ("input_size", input_size, int),
-        ("hidden_size", hidden_size, int),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} should be of type {kind.__name__}, got: {type(value).__name__}")
-        if kind is int and value <= 0:
-            raise ValueError(f"{name} must be greater than zero")
-    if num_layers <= 0:
-        raise ValueError("num_layers must be greater than zero")
-    if proj_size < 0:
-        raise ValueError("proj_size should be a positive integer or zero to disable projections")
-    if proj_size >= hidden_size:
-        raise ValueError("proj_size has to be smaller than hidden_size")
+    @property
+    def mode(self) -> str:
+        return f"RNN_{self.activation.upper()}"
 
 
-def _refuse_unsupported(layer: str, options: dict[str, object]) -> None:
-    """torch.nn takes proj_size for LSTM alone, and says so; any other name is no argument at all."""
-    if "proj_size" in options:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-    for name in options:
-        raise TypeError(f"{layer}.__init__() got an unexpected keyword argument {name!r}")
+_BATCHED = {2: "unbatched", 3: "batched"}
 
 
-def _split_state(hx: Tensor | tuple[Tensor, Tensor] | None, states: int, batched: bool) -> tuple[Tensor, ...]:
-    """The layer's states as a tuple, empty where none was given."""
-    if hx is None:
-        return ()
-    if states == 2 and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-        raise RuntimeError("lstm expects two hidden states")
-    state = (hx,) if states == 1 else tuple(hx)
-    for s in state:
-        if not isinstance(s, Tensor):
-            raise TypeError(f"hx must hold tensors, got {type(s).__name__}")
-    kind, dim = ("batched", 3) if batched else ("unbatched", 2)
-    if any(s.dim() != dim for s in state):
-        got = ", ".join(f"{s.dim()}-D" for s in state)
-        names, got = ("hx", f"{got} tensor") if states == 1 else ("hx and cx", f"({got}) tensors")
-        raise RuntimeError(f"For {kind} {dim}-D input, {names} should also be {dim}-D but got {got}")
-    return state
+def _concatenate(directions: list[Tensor]) -> Tensor:
+    return directions[0] if len(directions) == 1 else torch.cat(directions, dim=-1)
+
+
+def shown_options(module: nn.Module, **defaults: object) -> str:
+    """ ", name=value" for each of a module's attributes that is not at its default."""
+    options = {name: (getattr(module, name), default) for name, default in defaults.items()}
+    # torch.nn shows a flag that is not a bool, whatever its value
+    changed = [n for n, (v, d) in options.items() if (v is not d if isinstance(d, bool) else v != d)]
+    return "".join(f", {name}={options[name][0]}" for name in changed)
