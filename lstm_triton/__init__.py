@@ -1,12 +1,28 @@
 """LSTM, GRU and RNN in hand-written Triton kernels: a drop-in for torch.nn.
 
-lstm_triton.LSTM, GRU, RNN are modules; lstm_triton.functional has one layer and direction as functions;
-lstm_triton.reference the same in eager PyTorch; lstm_triton.plan says what would run on which GPU, and why.
+lstm_triton.LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell are modules; replace and to_torch exchange them with torch.nn's;
+lstm_triton.functional has one layer and direction as functions, lstm_triton.reference the same in eager PyTorch;
+lstm_triton.plan says what would run on which GPU, and why.
 """
 
-from . import functional, reference
+from . import convert, functional, reference
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .convert import replace, to_torch
 from .functional import plan
 from .modules import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "functional", "plan", "reference"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "functional",
+    "plan",
+    "reference",
+    "replace",
+    "to_torch",
+]
 __version__ = "0.1.0"
