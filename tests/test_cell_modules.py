@@ -222,6 +222,8 @@ def test_engine_is_handed_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", ["LSTMCell"] if INTERPRETED else CELLS)
 def test_compiles_as_one_graph(name: str) -> None:
+    torch.compiler.reset()
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

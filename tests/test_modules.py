@@ -207,6 +207,8 @@ def test_functional_call_uses_the_weights_it_is_given(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", ["LSTM"] if INTERPRETED else LAYERS)
 def test_compiles_as_one_graph(cell: str) -> None:
+    torch.compiler.reset()
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -480,6 +482,7 @@ def seeded() -> torch.Generator:
 @pytest.mark.parametrize("cell", LAYERS)
 def test_traced_on_the_cpu_as_one_operator(cell: str) -> None:
     """Not as ATen's layer, which inductor turns into an oneDNN operator and miscompiles in inference."""
+    torch.compiler.reset()
     layer = LAYERS[cell][0](I, H).eval()
     called = []
 

@@ -137,6 +137,21 @@ def test_dropout_draws_for_packed_steps(name: str, lengths: str, dtype: torch.dt
     assert not torch.equal(found["output[0].data"], ours.eval()(sequence)[0].data)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_rows_compile(name: str) -> None:
+    """With graph breaks where the host reads batch_sizes, and right for each packing."""
+    torch.compiler.reset()
+    layer = build(name, I, H, dtype=torch.float64)[0]
+    compiled = torch.compile(layer, backend="aot_eager")
+    for lengths in ([3, 1], [1, 2, 2]):
+        found, expected = (dict(tensors(run(packed(lengths)), "output")) for run in (compiled, layer))
+        assert_close(found, expected, TOLERANCE[torch.float64])
+    x, lengths = torch.randn(3, 2, I, dtype=torch.float64), torch.tensor([1, 3])
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, lengths=lengths)
+    assert_close(dict(tensors(found)), dict(tensors(layer(x, lengths=lengths))), TOLERANCE[torch.float64])
+
+
 def wrong_calls(name: str) -> dict[str, tuple[PackedSequence, Any]]:
     falling, unsorted = packed([3, 1]), packed([1, 3])
     one = torch.zeros(1, 2, H, dtype=torch.float64)
@@ -350,6 +365,14 @@ def test_wrong_steps(name: str) -> None:
     x, every = torch.zeros(4, 3, I), torch.ones(4, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="lengths must be None for a PackedSequence"):
         layer(pack_sequence([x[:, 0]]), lengths=torch.tensor([4]))
+    for sequence in (packed([3, 1], torch.float32), packed([1, 3], torch.float32)):
+        for argument, value in product(("mask", "reset"), (every[:3], every[:3, :1], every[:3, 0], every[:2, :2])):
+            with pytest.raises(ValueError, match=rf"{argument} must have shape \(3, 2\) for this PackedSequence, got"):
+                layer(sequence, **{argument: value})
+    for given in (x, x[:, 0], sequence):
+        for argument in ("mask", "reset", "lengths"):
+            with pytest.raises((TypeError, ValueError), match=f"{argument} must be"):
+                layer(given, **{argument: [True]})
     unbatched = {
         "lengths": (torch.tensor([4]), r"\(\) .* got \(1,\)"),
         "mask": (every[:, :1], r"\(4,\) .* got \(4, 1\)"),

@@ -60,7 +60,7 @@ def test_module_inputs(name: str, dtype: torch.dtype, mode: str, need: str) -> N
     samples = module_inputs(name, dtype, training)
     assert samples
     # a stride prime to every axis still meets each value of each
-    for sample in samples[:: 23 if INTERPRETED and name in LAYERS else 1]:
+    for sample in samples[:: 29 if INTERPRETED and name in LAYERS else 1]:
         ours, theirs = build(name, *sample.constructor_input.args, **sample.constructor_input.kwargs, dtype=dtype)
         args = sample.forward_input.args
         found, expected = (results(m.train(training), *args, by_inputs=by_inputs) for m in (ours, theirs))
