@@ -17,6 +17,7 @@ and where `steps` are given h, in which the steps that do not count hold their s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,7 +87,9 @@ def _gradients(run: Run, needs: tuple[bool, ...], samples: int, *tensors: Tensor
 
 
 def _wanted(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Gradients are: in inference mode nothing can be kept for them, whatever the grad mode in it."""
+    recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return recording and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _forward_mode() -> bool:
@@ -122,8 +125,8 @@ class _Sequence(torch.autograd.Function):
 
 
 class _TransformedSequence(torch.autograd.Function):
-    """ops.forward of run, training and its tensors, in another order. The last three results, which are what is kept,
-    are no function of the inputs to autograd: `_SequenceGradients` takes them for constants.
+    """ops.forward of run, training and its tensors, in another order. What is kept for backward is among the results,
+    so that the transforms can hand it on; no derivatives go through it.
     """
 
     @staticmethod
@@ -135,7 +138,6 @@ class _TransformedSequence(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         *tensors, ctx.run, _ = inputs
         ctx.save_for_backward(*tensors, *_kept(output))
-        ctx.mark_non_differentiable(*(t for t in output[4:] if t is not None))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -197,7 +199,11 @@ def _input_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tenso
     """The gradients by all inputs but steps, from those by y, h_n, c_n, cells and what was saved."""
     if all(g is None for g in grads):
         return (None,) * 8
-    found = _gradients(ctx.run, ctx.needs_input_grad[:8], 1, *grads, *ctx.saved_tensors)
+    kind = ctx.saved_tensors[0].device.type
+    # A region that autocasts around backward is none of ours: the forward pass has settled the dtypes.
+    compiling = torch.compiler.is_compiling()
+    with contextlib.nullcontext() if compiling else torch.autocast(kind, enabled=False):
+        found = _gradients(ctx.run, ctx.needs_input_grad[:8], 1, *grads, *ctx.saved_tensors)
     return [d if d is None or i < 3 else d.squeeze(0) for i, d in enumerate(found)]
 
 

@@ -51,17 +51,7 @@ class RNNCellBase(nn.Module):
         if not batched:
             input, state = input.unsqueeze(0), tuple(s.unsqueeze(0) for s in state)
         parameters = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        if input.size(1) != self.weight_ih.size(1):
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {input.size(1)} expected {self.weight_ih.size(1)}"
-            )
-        for i, s in enumerate(state):
-            if s.size(0) != input.size(0):
-                raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{i} batch size {s.size(0)}")
-            if s.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected {self.hidden_size}"
-                )
+        self._check_sizes(input, state, parameters[0].size(1))
         check_attributes(input, state, [p for p in parameters if p is not None])
         states = 2 if self.cell == "lstm" else 1
         if self.hidden_size == 0:
@@ -72,6 +62,18 @@ class RNNCellBase(nn.Module):
             initial = state or (None,) * states
             _, *last = run(input.unsqueeze(0), *initial, *parameters, engine=self.engine, **options)
         return last if batched else [s.squeeze(0) for s in last]
+
+    def _check_sizes(self, input: Tensor, state: tuple[Tensor, ...], input_size: int) -> None:
+        """ATen's checks, in its words."""
+        if input.size(1) != input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {input_size}")
+        for i, s in enumerate(state):
+            if s.size(0) != input.size(0):
+                raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{i} batch size {s.size(0)}")
+            if s.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected {self.hidden_size}"
+                )
 
     def _check_dim(self, what: str, tensor: Tensor) -> None:
         if tensor.dim() not in (1, 2):

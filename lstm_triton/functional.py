@@ -145,6 +145,8 @@ def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> Lau
     a = bound.arguments
     refuse_later_options(**{name: value for name, value in a.items() if name in LATER})
     tensors = Tensors(**{name: a.get(name) for name in Tensors._fields})
+    if _autocasts(tensors.x):
+        tensors = _autocast(tensors)
     x, engine, tile = tensors.x, a["engine"], a["tile"]
     spec = _check(
         cell, a["activation"], tensors, a["reverse"], a.get("return_cells", False), a["memory"], engine, tile
@@ -168,10 +170,8 @@ def _run(
     """-> y, h_n, then c_n and cells, None where there are none."""
     if _autocasts(tensors.x):
         # As torch.nn: everything in autocast's dtype, and no autocast inside.
-        kind = tensors.x.device.type
-        tensors = Tensors(*(_cast(t, torch.get_autocast_dtype(kind)) for t in tensors))
-        with torch.autocast(kind, enabled=False):
-            return _run(cell, activation, tensors, reverse, return_cells, memory, engine, tile)
+        with torch.autocast(tensors.x.device.type, enabled=False):
+            return _run(cell, activation, _autocast(tensors), reverse, return_cells, memory, engine, tile)
     spec = _check(cell, activation, tensors, reverse, return_cells, memory, engine, tile)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset = tensors
     if engine == "reference":
@@ -210,17 +210,22 @@ def step_flags(counts: Tensor | None, zeroed: Tensor | None) -> Tensor | None:
     flags = VALID if counts is None else counts.to(torch.uint8) * VALID
     if zeroed is not None:
         flags = zeroed.to(torch.uint8) * RESET + flags
-    return flags.contiguous()
+    return flags
 
 
 def _autocasts(x: Any) -> bool:
     return isinstance(x, Tensor) and x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+def _autocast(tensors: Tensors) -> Tensors:
     """To autocast's dtype, what autocast would cast: floating tensors except float64."""
-    eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if eligible else tensor
+    dtype = torch.get_autocast_dtype(tensors.x.device.type)
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return Tensors(*map(cast, tensors))
 
 
 def _on_kernels(x: Tensor) -> bool:

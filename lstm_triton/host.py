@@ -11,6 +11,8 @@ What runs where:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ def sequence(
 
 
 def _transformed() -> bool:
-    """A transform of torch.func or a forward-mode derivative is about, for which neither ATen nor the operator is fit."""
+    """A transform of torch.func or a forward-mode derivative is about: neither ATen nor the operator is fit for it."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -146,7 +148,7 @@ def _backward(
     """The gradients by x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, empty for those that are None. Runs forward again."""
     tensors, rest = args[:8], args[8:]
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    with torch.enable_grad():
+    with _recording():
         outputs = _run(*leaves, *rest)
     found = iter(
         torch.autograd.grad(
@@ -159,6 +161,23 @@ def _backward(
     return tuple(
         dy.new_empty(0) if t is None else next(found).clone(memory_format=torch.contiguous_format) for t in leaves
     )
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd records, also inside an operator's implementation.
+
+    There PyTorch may have excluded autograd's keys from dispatch (under any TorchDispatchMode it has), and then
+    enable_grad() alone records nothing. Nothing public includes them again. torch.utils.checkpoint uses the same guard,
+    and should it ever fail, torch.autograd.grad raises: no wrong gradient can come of it.
+    """
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
+        yield
 
 
 def _fake_backward(
@@ -188,7 +207,3 @@ for _name, _function, _fake in (("forward", _forward, _fake_forward), ("backward
     _library.impl(f"host_{_name}", _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lstm_triton::host_{_name}", _fake, lib=_library)
 torch.library.register_autograd("lstm_triton::host_forward", _differentiate, setup_context=_save, lib=_library)
-# PyTorch runs an operator's implementation with autograd switched off in the dispatcher, where enable_grad() records
-# nothing. host_backward has to record, so the dispatcher passes over autograd's key for it instead: a public means, and
-# one that cannot go wrong unseen, since torch.autograd.grad raises where nothing was recorded.
-_library.impl("host_backward", torch.library.fallthrough_kernel, "Autograd")

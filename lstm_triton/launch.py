@@ -170,7 +170,7 @@ def backward(
     T, B, _ = dy.shape
     cell = _CELLS[plan.spec.cell, plan.spec.activation]
     da = dy.new_empty(T, B, cell.slots * plan.H)
-    dh_all = None if w_hr is None else torch.empty_like(dy)
+    dh_all = None if w_hr is None else dy.new_empty(dy.shape)
     flags = {"REVERSE": reverse, "MASKED": steps is not None, "HAS_DCELLS": dcells is not None}
     constants = _constants(plan, plan.backward, True) | flags
     tensors = (dy, dcells, gates, states, state0, extra, w_hh, w_hr, steps, da, dh_all, dh_n, dstate_n)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .checks import autocasts, check_arguments, check_attributes, refuse_unsupported
-from .ragged import Packing, batch_of_one, packing_of
+from .ragged import Packing, Steps, batch_of_one, packing_of
 from .spec import Activation, CellSpec, refuse_later_options
 
 Device = torch.device | str | int | None
@@ -144,19 +144,20 @@ class RNNBase(nn.Module):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
-            return self._forward_packed(input, hx, weights, mask, reset, return_cells)
+            return self._forward_packed(input, hx, weights, {"mask": mask, "reset": reset}, return_cells)
+        steps = {"lengths": lengths, "mask": mask, "reset": reset}
         if input.dim() not in (2, 3):
             raise ValueError(self.input_dim_error.format(input.dim()))
         state = () if hx is None else self._split_state(hx, input.dim())
         batched = input.dim() == 3
         if not batched:
-            lengths, mask, reset = batch_of_one(lengths, mask, reset, input.size(0))
+            steps = batch_of_one(steps, input.size(0))
             input = input.unsqueeze(0 if self.batch_first else 1)
             state = tuple(s.unsqueeze(1) for s in state)
         self._check_call(input, state, weights, None)
 
         x = input.transpose(0, 1) if self.batch_first else input
-        x, state, cells = self._run_layers(x, state, weights, lengths, mask, reset, return_cells, None)
+        x, state, cells = self._run_layers(x, state, weights, steps, return_cells)
         if not batched:
             x, state, cells = x.squeeze(1), tuple(s.squeeze(1) for s in state), [c.squeeze(1) for c in cells]
         elif self.batch_first:
@@ -164,35 +165,30 @@ class RNNBase(nn.Module):
         return x, self._join_state(state), *cells
 
     def _forward_packed(
-        self, input: PackedSequence, hx: State | None, weights: list[list[Tensor]], mask: Tensor | None,
-        reset: Tensor | None, return_cells: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        self, input: PackedSequence, hx: State | None, weights: list[list[Tensor]], masks: Steps, return_cells: bool
+    ) -> tuple[Any, ...]:
         """On padded steps, rows sorted by length; results in the caller's packing, states in the caller's order."""
         data, batch_sizes, sorted_indices, unsorted_indices = input
         state = () if hx is None else self._split_state(self.permute_hidden(hx, sorted_indices), None)
         self._check_call(data, state, weights, batch_sizes)
-        if sorted_indices is not None:
-            mask, reset = (None if m is None else m.index_select(1, sorted_indices) for m in (mask, reset))
 
         packing = packing_of(batch_sizes, data.device)
-        x, state, cells = self._run_layers(
-            packing.pad(data), state, weights, packing.lengths, mask, reset, return_cells, packing
-        )
+        steps = {"lengths": packing.lengths} | packing.sort(masks, sorted_indices)
+        x, state, cells = self._run_layers(packing.pad(data), state, weights, steps, return_cells, packing)
         x, *cells = (
             PackedSequence(packing.pack(t), batch_sizes, sorted_indices, unsorted_indices) for t in (x, *cells)
         )
         return x, self.permute_hidden(self._join_state(state), unsorted_indices), *cells
 
     def _run_layers(
-        self, x: Tensor, state: tuple[Tensor, ...], weights: list[list[Tensor]], lengths: Tensor | None,
-        mask: Tensor | None, reset: Tensor | None, return_cells: bool, packing: Packing | None,
+        self, x: Tensor, state: tuple[Tensor, ...], weights: list[list[Tensor]], steps: Steps, return_cells: bool,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:  # fmt: skip
         """x [T, B, I] and each state [L*D, B, ...], or no state -> output [T, B, D*P], final states, and with
         return_cells a list of the last layer's cells [T, B, D*H].
         """
         run = getattr(functional, self.cell)
-        options = {"activation": self.activation, "lengths": lengths, "mask": mask, "reset": reset}
-        options |= {"memory": self.memory, "engine": self.engine}
+        options = {"activation": self.activation, "memory": self.memory, "engine": self.engine, **steps}
         # one initial state for each layer and direction
         initial = list(zip(*(s.unbind(0) for s in state), strict=True)) or [(None,) * self.states] * len(weights)
         directions = 2 if self.bidirectional else 1
@@ -212,8 +208,8 @@ class RNNBase(nn.Module):
             x = _concatenate(outputs)
             if self.dropout and self.training and not last:
                 # torch.nn draws for the steps that there are, not for padding
-                steps = F.dropout(x if packing is None else packing.pack(x), self.dropout)
-                x = steps if packing is None else packing.pad(steps)
+                x = F.dropout(x if packing is None else packing.pack(x), self.dropout)
+                x = x if packing is None else packing.pad(x)
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True)), [_concatenate(cells)] if cells else []
 
     def _check_call(

@@ -146,12 +146,13 @@ def per_sample(
 
 
 def chunk_steps(T: int) -> int:
-    """Steps that backward_recompute holds gates and their gradients of at a time: sqrt(T), in whole sixteens.
+    """Steps that backward_recompute holds gates and their gradients of at a time: sqrt(T), in whole sixteens, or 64.
 
-    With that the number of launches and the memory of a chunk grow alike, as the root. Whole sixteens, so that a chunk
-    begins at a multiple of 16 bytes in every tensor [T, ...] and the kernels read it where it is.
+    With the root the number of launches and the memory of a chunk grow alike; below 64 steps the host would take longer
+    to launch a chunk than the device to run it. Whole sixteens, so that a chunk begins at a multiple of 16 bytes in
+    every tensor [T, ...] and the kernels read it where it is.
     """
-    return 16 * math.ceil(math.sqrt(T) / 16)
+    return max(64, 16 * math.ceil(math.sqrt(T) / 16))
 
 
 def _forward(
@@ -169,8 +170,8 @@ def _forward(
     plan = plan_for(spec, x, w_hh.shape[0] // spec.gates, engine, tile)
     keep = training and memory == "store"
     h, state, extra, _ = launch.forward(
-        plan, gates, w_hh.contiguous(), _contiguous(b_hh), h0.contiguous(), c0,
-        w_hr=_contiguous(w_hr), steps=_contiguous(steps), reverse=reverse,
+        plan, gates, _aligned(w_hh), _aligned(b_hh), _aligned(h0), c0,
+        w_hr=_aligned(w_hr), steps=_aligned(steps), reverse=reverse,
         training=keep, save_states=training or return_cells,
     )  # fmt: skip
     save_gates, _ = launch.saves(spec)
@@ -223,10 +224,10 @@ def _backward(
     spec = CellSpec(cell, activation, bias, 0 if w_hr is None else w_hr.shape[0])
     H = w_hh.shape[0] // spec.gates
     plan = plan_for(spec, h, H, engine, tile)
-    w_hh, w_hr, steps = w_hh.contiguous(), _contiguous(w_hr), _contiguous(steps)
+    gates, extra, h, w_hh, w_hr, steps = (_aligned(t) for t in (gates, extra, h, w_hh, w_hr, steps))
     dh, dstate = _last_gradients(h0, H, dh_n, dc_n)
     da, dh, dstate, dh_all = _walk_back(
-        plan, reverse, dy, dh, dstate, dcells, gates, extra, h, h0 if c0 is None else c0, w_hh, w_hr, steps
+        plan, reverse, dy, dh, dstate, dcells, gates, extra, h, h0 if c0 is None else c0, w_hh, w_hh, w_hr, steps
     )
     return (
         da,
@@ -267,7 +268,8 @@ def _backward_recompute(
     spec = _spec(cell, activation, b_hh, w_hr)
     T, H = len(h), w_hh.shape[0] // spec.gates
     plan = plan_for(spec, h, H, engine, tile)
-    w_hh, w_hr, steps = w_hh.contiguous(), _contiguous(w_hr), _contiguous(steps)
+    extra, h, w_hh, w_hr, steps = (_aligned(t) for t in (extra, h, w_hh, w_hr, steps))
+    carry = w_hh.to(torch.promote_types(h.dtype, torch.float32))
     dh, dstate = _last_gradients(h0, H, dh_n, dc_n)
     dx = h.new_empty(x.shape if needs[0] else 0)
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
@@ -287,7 +289,7 @@ def _backward_recompute(
         gates, product = _activated_gates(spec, x_t, _previous(h_t, h_first, steps_t, reverse), w_ih, w_hh, b_ih, b_hh)
         da, dh, dstate, dh_all = _walk_back(
             plan, reverse, dy_t, dh, dstate, dcells_t, gates, extra_t if product is None else product, h_t,
-            state_first.clone(memory_format=torch.contiguous_format), w_hh, w_hr, steps_t,
+            state_first, w_hh, carry, w_hr, steps_t,
         )  # fmt: skip
         if needs[0]:
             dx[chunk] = _input_gradient(spec, da, w_ih)
@@ -314,32 +316,33 @@ def _fake_backward_recompute(
 
 def _walk_back(
     plan: LaunchPlan, reverse: bool, dy: Tensor | None, dh: Tensor, dstate: Tensor, dcells: Tensor | None,
-    gates: Tensor | None, extra: Tensor | None, h: Tensor, state0: Tensor, w_hh: Tensor, w_hr: Tensor | None,
-    steps: Tensor | None,
+    gates: Tensor | None, extra: Tensor | None, h: Tensor, state0: Tensor, w_hh: Tensor, carry: Tensor,
+    w_hr: Tensor | None, steps: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Back through consecutive steps -> da, and the gradients by h and the state before them, complete; dh_all.
 
-    dh and dstate, by h and the state after them, are overwritten.
+    dh and dstate, by h and the state after them, are overwritten. carry is w_hh in the dtype in which the gradient by h
+    is carried to the steps before: the accumulator's, but where that gradient is rounded anyway.
     """
     spec = plan.spec
     save_gates, save_extra = launch.saves(spec)
     da, dh, dstate, dh_all = launch.backward(
         plan,
-        torch.zeros_like(h) if dy is None else _masked(dy, steps).contiguous(),
+        h.new_zeros(h.shape) if dy is None else _aligned(_masked(dy, steps)),
         dh,
         dstate,
         gates if save_gates else None,
         extra if spec.cell == "lstm" else h,
-        state0.contiguous(),
+        _aligned(state0),
         extra if save_extra else None,
         w_hh,
         w_hr=w_hr,
         steps=steps,
-        dcells=None if dcells is None else _masked(dcells, steps).contiguous(),
+        dcells=None if dcells is None else _aligned(_masked(dcells, steps)),
         reverse=reverse,
     )
     first = -1 if reverse else 0
-    through_w_hh = (_by_recurrent_product(spec, da[first]) @ w_hh).to(dh.dtype)
+    through_w_hh = (_by_recurrent_product(spec, da[first]).to(carry.dtype) @ carry).to(dh.dtype)
     if steps is not None:
         through_w_hh = torch.where(_carries(steps[first]), through_w_hh, 0)
     return da, dh + through_w_hh, dstate, dh_all
@@ -477,8 +480,12 @@ def _spec(cell: str, activation: str, b_hh: Tensor | None, w_hr: Tensor | None) 
     return CellSpec(cell, activation, b_hh is not None, 0 if w_hr is None else w_hr.shape[0])
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, and beginning at a multiple of 16 bytes: for others Triton would compile variants of the kernels."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 for _name, _function, _fake in (

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: `lengths`, `mask` and `reset` by name, None where not given.
+Steps = dict[str, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -30,6 +33,17 @@ class Packing:
     def pack(self, padded: Tensor) -> Tensor:
         """[T, B, ...] -> [N, ...]."""
         return padded.flatten(0, 1).index_select(0, self.index)
+
+    def sort(self, masks: Steps, sorted_indices: Tensor | None) -> Steps:
+        """mask and reset [T, B] of the caller's rows with the rows in the packing's order.
+
+        Raises TypeError or ValueError naming a wrong one.
+        """
+        for name, given in masks.items():
+            _check_shape(name, given, (self.steps, self.batch), "this PackedSequence")
+        if sorted_indices is None:
+            return masks
+        return {name: None if given is None else given.index_select(1, sorted_indices) for name, given in masks.items()}
 
 
 def packing_of(batch_sizes: Tensor, device: torch.device) -> Packing:
@@ -55,15 +69,20 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
-def batch_of_one(
-    lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None, steps: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The arguments of an unbatched sequence of T steps, lengths [] and mask, reset [T], for a batch of one row.
+def batch_of_one(steps: Steps, T: int) -> Steps:
+    """lengths [] and mask, reset [T] of an unbatched sequence as those of a batch: [1] and [T, 1].
 
-    Raises ValueError naming the argument of another shape.
+    Raises TypeError or ValueError naming a wrong one.
     """
-    expected = {"lengths": (lengths, ()), "mask": (mask, (steps,)), "reset": (reset, (steps,))}
-    for name, (given, shape) in expected.items():
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for unbatched input, got {tuple(given.shape)}")
-    return tuple(None if given is None else given.unsqueeze(-1) for given in (lengths, mask, reset))
+    for name, given in steps.items():
+        _check_shape(name, given, () if name == "lengths" else (T,), "unbatched input")
+    return {name: None if given is None else given.unsqueeze(-1) for name, given in steps.items()}
+
+
+def _check_shape(name: str, given: Tensor | None, shape: tuple[int, ...], of: str) -> None:
+    if given is None:
+        return
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, got {type(given).__name__}")
+    if given.shape != shape:
+        raise ValueError(f"{name} must have shape {shape} for {of}, got {tuple(given.shape)}")

@@ -49,16 +49,17 @@ class Case:
         return {"lengths": lengths, "mask": pattern % 4 != 1, "reset": pattern % 5 == 3}
 
     def function(self, module: Any, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
-        """lt.functional's or lt.reference's, of the tensors of `inputs`; further options are keyword arguments."""
+        """lt.functional's or lt.reference's, of the tensors of `inputs`, and of masks instead of the case's own."""
         function = getattr(module, self.cell)
         options |= {"reverse": self.reverse, "activation": self.activation}
         if self.cells:
             options["return_cells"] = True
 
-        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            *tensors, w_hr = tensors if self.projected else (*tensors, None)
-            given = {"w_hr": w_hr} if self.projected else {}
-            return function(*tensors, **(self.masks(*tensors[0].shape[:2]) | options), **given)
+        def run(*tensors: Tensor, **masks: Tensor) -> tuple[Tensor, ...]:
+            given = self.masks(*tensors[0].shape[:2]) | masks | options
+            if self.projected:
+                *tensors, given["w_hr"] = tensors
+            return function(*tensors, **given)
 
         return run
 

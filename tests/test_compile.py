@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from numerics import CELLS, TOLERANCE, problem, relative_error
+from sequence_cases import Case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -180,19 +182,24 @@ def test_exported_programs_train(strict: bool) -> None:
 
 @pytest.mark.native
 @pytest.mark.parametrize("training", [False, True])
-def test_opcheck(training: bool) -> None:
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh = (t.requires_grad_(training) for t in problem("lstm", 3, 2, HIDDEN))
-    w_hr = torch.randn(PROJ, HIDDEN, requires_grad=training)
-    mask, reset = draw_masks(3, 2)
-    lengths = torch.tensor([3, 0])
-    operator = torch.ops.lstm_triton.host_forward.default
-    projected = (h0[:, :PROJ], c0, w_ih, w_hh[:, :PROJ], b_ih, b_hh, w_hr)
-    torch.library.opcheck(operator, (x, *projected, lengths, mask, reset, "lstm", "tanh", True, True))
-    torch.library.opcheck(operator, (x, *projected, lengths, None, None, "lstm", "tanh", True, False))
-    rows = HIDDEN, 3 * HIDDEN
-    for cell, kind, G in (("rnn", "relu", rows[0]), ("gru", "tanh", rows[1])):
-        arguments = (x, h0, None, w_ih[:G], w_hh[:G], None, None, None, None, None, None, cell, kind, True, False)
-        torch.library.opcheck(operator, arguments)
+@pytest.mark.parametrize("case", [Case("lstm", projected=True), Case("gru", bias=False), Case("rnn")], ids=str)
+def test_opcheck(case: Case, training: bool) -> None:
+    """Schema, fakes and tracing, also where a dispatch mode is active. And results that share no memory."""
+    x, h0, *rest = (t.requires_grad_(training) for t in case.inputs(3, 2, HIDDEN, INPUTS, torch.float32))
+    c0 = rest.pop(0) if case.cell == "lstm" else None
+    w_hr = rest.pop() if case.projected else None
+    biases = rest[2:] or [None, None]
+    lengths, (mask, reset) = torch.tensor([3, 0]), draw_masks(3, 2)
+    operators = torch.ops.lstm_triton
+    for steps, cells in (((lengths, None, None), False), ((lengths, mask, reset), case.cell == "lstm")):
+        arguments = (x, h0, c0, *rest[:2], *biases, w_hr, *steps, case.cell, case.activation, False, cells)
+        torch.library.opcheck(operators.host_forward.default, arguments)
+        y, h_n, c_n, c = (torch.ones_like(t) for t in operators.host_forward(*arguments))
+        grads = (y, h_n, None if c0 is None else c_n, c if cells else None)
+        torch.library.opcheck(operators.host_backward.default, (*grads, *arguments))
+        gradients = [t for t in operators.host_backward(*grads, *arguments) if t.numel()]
+        assert len({t.untyped_storage().data_ptr() for t in gradients}) == len(gradients)
+        assert all(t.is_contiguous() for t in gradients)
 
 
 @pytest.mark.native
@@ -270,6 +277,7 @@ class NoSynchronisation(TorchDispatchMode):
 def test_no_value_is_looked_at(cell: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the way to the kernels and back nothing makes the CPU wait for a GPU: tensors without values will do."""
     monkeypatch.setattr(lt.functional, "_on_kernels", lambda x: True)
+    monkeypatch.setattr(torch, "autocast", lambda kind, enabled: nullcontext())  # it knows no such device
     inputs = [torch.empty(t.shape, device="meta", requires_grad=True) for t in problem(cell, 5, 3, HIDDEN)]
     mask, reset = torch.empty(2, 5, 3, device="meta", dtype=torch.bool)
     lengths = torch.empty(3, device="meta", dtype=torch.int32)

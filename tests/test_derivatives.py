@@ -139,6 +139,27 @@ def test_gradients_of_some_outputs_by_some_inputs() -> None:
     assert_close(*results)
 
 
+class Nothing(torch.autograd.Function):
+    """The identity, which hands no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * len(grads)
+
+
+def test_no_gradient_comes_in() -> None:
+    """Then none goes out, at either order."""
+    inputs = leaves(LSTM.inputs(2, B, H))
+    outputs = LSTM.function(lt.functional, engine="local")(*inputs)
+    for tensors in (outputs, torch.autograd.grad(loss(outputs), inputs, create_graph=True)):
+        found = torch.autograd.grad(loss(Nothing.apply(*tensors)), inputs, allow_unused=True, retain_graph=True)
+        assert found == (None,) * len(inputs)
+
+
 def test_gradient_penalty() -> None:
     """A step of training on a loss and on the norm of its gradient by the input."""
     models, x = [], torch.randn(5, B, 4, generator=torch.Generator().manual_seed(0))
@@ -278,7 +299,7 @@ def test_vmap_over_masks() -> None:
     resets = masks.flip(0) ^ masks
     results = [
         vmap(lambda m, r, f=f: grad(lambda *t: loss(f(*t, mask=m, reset=r)), every(tensors))(*tensors))(masks, resets)
-        for f in (lt.functional.gru, lt.reference.gru)
+        for f in GRU.both(engine="local")
     ]
     assert_close(*results)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_pairs import INTERPRETED, LAYERS, TOLERANCE, assert_close, build, mapped, outcome, results, tensors
+from torch_pairs import ALIKE, INTERPRETED, LAYERS, TOLERANCE, assert_close, build, mapped, outcome, results, tensors
 
 import lstm_triton as lt
 
@@ -183,7 +183,7 @@ def test_arguments_by_position(cell: str) -> None:
     assert LAYERS[cell][0](*args, "meta", torch.float64).weight_ih_l0.is_meta
 
 
-@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("cell", ALIKE)
 def test_copies(cell: str) -> None:
     layer = LAYERS[cell][0](I, H, bidirectional=True)
     x = torch.randn(1, B, I)
@@ -205,7 +205,7 @@ def test_functional_call_uses_the_weights_it_is_given(cell: str) -> None:
     assert torch.equal(found, other(x)[0])
 
 
-@pytest.mark.parametrize("cell", ["LSTM"] if INTERPRETED else LAYERS)
+@pytest.mark.parametrize("cell", ALIKE)
 def test_compiles_as_one_graph(cell: str) -> None:
     torch.compiler.reset()
 
@@ -408,6 +408,19 @@ def test_dropout_warning_names_the_callers_line() -> None:
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last") as caught:
         lt.GRU(I, H, dropout=0.5)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_autocast(cell: str) -> None:
+    """All in autocast's dtype, as torch.nn.LSTM, whatever the dtypes of input and state are."""
+    layer = LAYERS[cell][0](I, H)
+    h = torch.zeros(1, B, H)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x, state in ((torch.zeros(1, B, I), h), (torch.zeros(1, B, I).bfloat16(), h), (torch.zeros(1, B, I), None)):
+            hx = (state, state) if cell == "LSTM" and state is not None else state
+            assert all(t.dtype == torch.bfloat16 for _, t in tensors(layer(x, hx)))
+    with pytest.raises(ValueError, match="RNN input dtype"):
+        layer(torch.zeros(1, B, I).bfloat16())
 
 
 COMMON = {

@@ -108,6 +108,24 @@ def test_inference_saves_nothing(case: Case, memory: str) -> None:
     assert not saved
 
 
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("case", WITH_OPTIONS, ids=str)
+def test_the_state_of_a_row_without_steps_reaches_no_weight(case: Case, memory: str) -> None:
+    """Not even multiplied by zero."""
+    T, B = 3, 2
+    inputs = case.inputs(T, B, 7, dtype=torch.float32)
+    function = case.function(lt.functional, engine="local", memory=memory)
+    results = []
+    for state in (0.0, torch.nan):
+        for t in inputs[1 : 3 if case.cell == "lstm" else 2]:
+            t[1] = state
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y, *_ = function(*leaves, lengths=torch.tensor([T, 0]))
+        gradients = torch.autograd.grad(y.square().sum(), leaves)
+        results.append([y, *gradients])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_missing_states_are_zeros() -> None:
     x, h0, c0, *weights = problem("lstm", 3, 2, 8)
     with_zeros = lt.functional.lstm(x, torch.zeros_like(h0), torch.zeros_like(c0), *weights)
@@ -272,7 +290,7 @@ def test_threads() -> None:
     ("case", "T", "options"),
     [
         *((RNN, 5, {"engine": engine}) for engine in (*ENGINES, "resident", "streamed")),
-        *((case, 33, {"engine": "local", "memory": "recompute"}) for case in (LSTM_OPTIONS, GRU_OPTIONS)),
+        *((case, 33, {"engine": "local", "memory": "recompute"}) for case in (LSTM, GRU_OPTIONS)),
     ],
 )
 def test_every_launch_gets_the_same_pointers(

@@ -126,7 +126,7 @@ def test_planted_faults_are_found(
     kernel = sequence.sequence_backward if backward else sequence.sequence_forward
     found = []
     for policy in ("random", "priority"):
-        with concurrent(0, policy=policy) as run:
+        with concurrent(0, policy=policy, max_idle=500) as run:
             inputs = [t.requires_grad_() for t in (problem("lstm", 6, 18, 20) if products == 1 else projected(4))]
             call = project if products == 2 else lambda inputs, e: lt.functional.lstm(*inputs, engine=e, tile=(16, 8))
             try:

@@ -19,7 +19,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, ModuleInput, module_db
-from torch_pairs import CELLS, INTERPRETED, LAYERS, PAIRS, assert_close, build, mapped, outcome, results, tensors
+from torch_pairs import (
+    ALIKE,
+    CELLS,
+    INTERPRETED,
+    LAYERS,
+    PAIRS,
+    TOLERANCE,
+    assert_close,
+    build,
+    mapped,
+    outcome,
+    results,
+    tensors,
+)
 
 pytestmark = [
     pytest.mark.both,
@@ -28,8 +41,6 @@ pytestmark = [
 
 INFOS: dict[str, ModuleInfo] = {i.module_cls.__name__: i for i in module_db if i.module_cls.__name__ in PAIRS}
 DTYPES = [torch.float32, torch.float64]
-# relative error ||a - b|| / ||b|| against torch.nn in the same dtype
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 # the interpreter takes its time at every step of every layer
 T, B, I, H, DEPTH = (2, 2, 4, 5, 1) if INTERPRETED else (3, 2, 4, 5, 2)  # noqa: E741
 
@@ -63,9 +74,11 @@ def test_module_inputs(name: str, dtype: torch.dtype, mode: str, need: str) -> N
     for sample in samples[:: 29 if INTERPRETED and name in LAYERS else 1]:
         ours, theirs = build(name, *sample.constructor_input.args, **sample.constructor_input.kwargs, dtype=dtype)
         args = sample.forward_input.args
-        found, expected = (results(m.train(training), *args, by_inputs=by_inputs) for m in (ours, theirs))
+        found, others = (results(m.train(training), *args, by_inputs=by_inputs) for m in (ours, theirs))
         assert all(value.dtype == dtype for value in found.values())
-        assert_close(found, expected, TOLERANCE[dtype])
+        # These inputs saturate gates, where fp32 has few digits left: no further from fp64 than torch.nn is.
+        expected = results(theirs.double(), *mapped(Tensor.double, args), by_inputs=by_inputs)
+        assert_close(found, expected, TOLERANCE[dtype], others)
         if sample.reference_fn is not None and not isinstance(args[0], PackedSequence):
             reference = dict(tensors(sample.reference_fn(ours, *args), "output"))
             assert_close({k: v for k, v in found.items() if k in reference}, reference, TOLERANCE[dtype])
@@ -174,7 +187,7 @@ def test_no_initial_state_is_a_zero_state(name: str, options: dict) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_graph_can_be_kept(name: str) -> None:
     layer = PAIRS[name][0](I, H)
     x = torch.randn(T, B, I, requires_grad=True)
@@ -187,7 +200,7 @@ def test_graph_can_be_kept(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_weight_norm(name: str) -> None:
     """The old one, which puts a plain tensor in the parameter's place."""
     found, of = [], "weight_hh_l0_reverse"
@@ -203,7 +216,7 @@ def test_weight_norm(name: str) -> None:
     assert_close(*found, TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_parametrizations(name: str) -> None:
     """weight_norm, a mask on each weight (pruning), and a parametrization of one's own."""
 
@@ -222,10 +235,10 @@ def test_parametrizations(name: str) -> None:
     assert_close(*found, TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", PAIRS)
 def test_a_parametrization_runs_once_for_a_call(name: str) -> None:
     """All but the one that check_input looks at, once more."""
-    layer = PAIRS[name][0](I, H, 2)
+    module = PAIRS[name][0](I, H)
     calls = []
 
     class Counted(nn.Module):
@@ -233,13 +246,13 @@ def test_a_parametrization_runs_once_for_a_call(name: str) -> None:
             calls.append(weight)
             return weight
 
-    parametrize.register_parametrization(layer, "weight_hh_l0", Counted())
+    parametrize.register_parametrization(module, "weight_hh" if name in CELLS else "weight_hh_l0", Counted())
     calls.clear()
-    layer(torch.randn(T, B, I))
+    module(torch.randn(B, I) if name in CELLS else torch.randn(1, B, I))
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_weights_dropped_for_a_time(name: str) -> None:
     """A parameter removed, the module moved without it, a plain tensor put in its place, as weight dropping does."""
     layer = PAIRS[name][0](I, H)
@@ -263,7 +276,7 @@ def test_weights_dropped_for_a_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("packed", [True] if INTERPRETED else [False, True], ids=lambda packed: f"packed={packed}")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_dropout_changed_between_calls(name: str, packed: bool) -> None:
     """And the training flag: the random numbers are torch.nn's, at every p."""
     ours, theirs = build(name, I, H, 1 + DEPTH, dropout=0.3, dtype=torch.float64)
@@ -284,7 +297,7 @@ def test_dropout_changed_between_calls(name: str, packed: bool) -> None:
     assert not any(torch.equal(a, seen[4]) for a in seen[:4])
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_packed_rows_one_at_a_time(name: str) -> None:
     """A packed batch, sorted or not, is its rows each by itself, and so are the gradients."""
     layer = PAIRS[name][0](I, H, DEPTH, bidirectional=True, dtype=torch.float64)
@@ -310,7 +323,7 @@ def test_empty_batch(name: str) -> None:
     assert_close(found, expected, 0.0)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_tied_weights_train_together(name: str) -> None:
     found = []
     for layer in build(name, I, H, bidirectional=True, dtype=torch.float64):

@@ -21,6 +21,8 @@ CELLS = {
     "RNNCell": (lt.RNNCell, nn.RNNCell),
 }
 PAIRS = LAYERS | CELLS
+# for what all layers do alike: one of them, where the interpreter takes its time
+ALIKE = ["GRU"] if INTERPRETED else list(LAYERS)
 # relative error ||a - b|| / ||b||
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 
@@ -79,13 +81,17 @@ def results(
     return found | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_close(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, others: dict[str, Tensor] | None = None
+) -> None:
+    """||found - expected|| <= tolerance ||expected|| for each, beyond the error that `others`, if given, have there."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
         error, size = (found[name].double() - value.double()).norm(), value.double().norm()
+        excused = 0.0 if others is None else (others[name].double() - value.double()).norm()
         # not a quotient: a relu layer may be dead, and all its gradients zero
-        assert error <= tolerance * size, f"{name}: error {error:.2e} of {size:.2e}"
+        assert error <= tolerance * size + excused, f"{name}: error {error:.2e} of {size:.2e}"
 
 
 def outcome(function: Callable[[], Any]) -> tuple[str, str]:
