@@ -6,8 +6,11 @@ And that nothing in Python around the operators makes the CPU wait for a GPU.
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from getpass import getuser
 from typing import Any
 
 import pytest
@@ -33,7 +36,10 @@ INPUTS, HIDDEN, PROJ = 7, 8, 6
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for each worker of the test run a cache of its own: two that fill one break each other's compilations."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getuser()}_{worker}")
     torch.compiler.reset()
 
 

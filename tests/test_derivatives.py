@@ -429,3 +429,31 @@ def test_batched_second_gradients() -> None:
         for f in LSTM.both(engine="local")
     )
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_jacobian_of_an_unbatched_layer(kind: str, memory: str) -> None:
+    """A batch of one, of which every row of the jacobian shares what was kept."""
+    ours = getattr(lt, kind)(3, 4, memory=memory, dtype=torch.float64)
+    reference = getattr(lt, kind)(3, 4, engine="reference", dtype=torch.float64)
+    reference.load_state_dict(ours.state_dict())
+    x = torch.randn(T, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_close(*(jacrev(lambda x, m=m: m(x)[0])(x).detach() for m in (ours, reference)))
+
+
+def test_backward_inside_autocast_is_not_cast() -> None:
+    """The dtypes are those of the forward pass, as torch.nn's."""
+    layer, x = lt.GRU(3, 4), torch.randn(T, B, 3)
+    wanted = torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters()))
+    y = layer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), list(layer.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_grad_mode_inside_inference_mode() -> None:
+    layer, x = lt.LSTM(3, 4), torch.randn(T, B, 3)
+    with torch.inference_mode(), torch.enable_grad():
+        y, _ = layer(x)
+    assert torch.equal(y, layer(x)[0])
