@@ -88,7 +88,9 @@ def _gradients(run: Run, needs: tuple[bool, ...], samples: int, *tensors: Tensor
 
 def _wanted(tensors: Sequence[Tensor | None]) -> bool:
     """Gradients are: in inference mode nothing can be kept for them, whatever the grad mode in it."""
-    recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # Dynamo does not trace the question, and compiled code does not change the answer.
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    recording = torch.is_grad_enabled() and not inference
     return recording and any(t is not None and t.requires_grad for t in tensors)
 
 

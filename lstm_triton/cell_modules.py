@@ -105,6 +105,8 @@ class LSTMCell(RNNCellBase):
         if hx is not None:
             for i, s in enumerate(hx):
                 self._check_dim(f"hx[{i}]", s)
+            if input.dim() == 2 and isinstance(hx, Tensor):
+                raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
             # as torch.nn, which reads the first two for unbatched input
             if input.dim() == 2 and len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")

@@ -2,7 +2,8 @@
 
 What runs where:
     plain, projection (w_hr)    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu
-    lengths alone               the same on a packed sequence, as torch.nn.utils.rnn packs it; reads the lengths
+    lengths alone               the same on a packed sequence, as torch.nn.utils.rnn packs it; reads the lengths, so
+                                `reference` on the meta device
     mask, reset, return_cells   `reference`, step by step in eager PyTorch
     torch.func, forward mode    `reference`: ATen has no batching rules for its layers and no tangents for packing
     torch.compile and export    any of these inside one operator, lstm_triton::host_forward, so that the time loop is
@@ -64,7 +65,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`sequence`, eagerly."""
     T, B, _ = x.shape
-    stepwise = mask is not None or reset is not None or return_cells or _transformed()
+    unreadable = lengths is not None and lengths.is_meta
+    stepwise = mask is not None or reset is not None or return_cells or _transformed() or unreadable
     if stepwise and T > 0:
         spec = CellSpec(cell, activation, b_ih is not None, 0 if w_hr is None else w_hr.shape[0])
         return reference.sequence(

@@ -26,8 +26,10 @@ class Packing:
     lengths: Tensor
 
     def pad(self, data: Tensor) -> Tensor:
-        """[N, ...] -> [T, B, ...], zero past each row's length."""
-        padded = data.new_zeros(self.steps * self.batch, *data.shape[1:]).index_copy(0, self.index, data)
+        """[N, ...] -> [T, B, ...], zero past each row's length. Raises ValueError for another number of steps."""
+        if len(data) != len(self.index):
+            raise ValueError(f"data of a PackedSequence holds {len(data)} steps, its batch_sizes {len(self.index)}")
+        padded = data.new_zeros(self.steps * self.batch, *data.shape[1:]).index_copy_(0, self.index, data)
         return padded.unflatten(0, (self.steps, self.batch))
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def packing_of(batch_sizes: Tensor, device: torch.device) -> Packing:
         raise ValueError(f"batch_sizes of a PackedSequence must not increase, got {batch_sizes.tolist()}")
     T, B, N = len(batch_sizes), int(batch_sizes[0]), int(batch_sizes.sum())
     # packed steps lie closer than padded ones: by B - batch_sizes[s] for each step s before theirs
-    shifts = torch.arange(T) * B - (batch_sizes.cumsum(0) - batch_sizes)
+    shifts = torch.arange(T, device=batch_sizes.device) * B - (batch_sizes.cumsum(0) - batch_sizes)
     sizes, shifts = _send(torch.stack((batch_sizes, shifts)), device)
     index = torch.arange(N, device=device) + shifts.repeat_interleave(sizes, output_size=N)
     lengths = (torch.arange(B, device=device)[:, None] < sizes).sum(1)

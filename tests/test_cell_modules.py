@@ -242,3 +242,9 @@ def test_compiles_as_one_graph(name: str) -> None:
     torch.testing.assert_close(found, expected)
     grads = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (found, expected)]
     torch.testing.assert_close(*grads)
+
+
+def test_lstm_cell_wants_two_states() -> None:
+    for cell in (torch.nn.LSTMCell(3, 4), lt.LSTMCell(3, 4)):
+        with pytest.raises(TypeError, match="must be tuple of Tensors, not Tensor"):
+            cell(torch.randn(2, 3), torch.randn(2, 2, 4))

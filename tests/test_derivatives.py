@@ -321,7 +321,7 @@ def test_vmap_without_gradients_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_per_sample_gradients() -> None:
     """Of a module's parameters, against a loop over the samples."""
     torch.manual_seed(0)
-    model = lt.LSTM(4, 5, num_layers=2, bidirectional=True, batch_first=True)
+    model = lt.LSTM(4, 5, bidirectional=True, batch_first=True)
     x = torch.randn(3, T, 4)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch_pairs import ALIKE, INTERPRETED, LAYERS, TOLERANCE, assert_close, build, outcome, results, tensors
 
+import lstm_triton as lt
 from lstm_triton.ragged import packing_of
 
 pytestmark = [
@@ -387,3 +388,30 @@ def test_wrong_steps(name: str) -> None:
     for argument, value in {"lengths": torch.ones(3), "mask": every.float(), "reset": every.int()}.items():
         with pytest.raises((TypeError, ValueError), match=argument):
             layer(x, **{argument: value})
+
+
+def test_under_another_default_device() -> None:
+    """The packing's own bookkeeping stays with batch_sizes, and its results with the data."""
+    packed = pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    layer = lt.LSTM(3, 4)
+    wanted = layer(packed)[0].data
+    torch.set_default_device("meta")
+    try:
+        found = layer(packed)[0].data
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, wanted)
+
+
+def test_meta_tensors() -> None:
+    layer = lt.LSTM(3, 4, device="meta")
+    packed = PackedSequence(torch.empty(3, 3, device="meta"), torch.tensor([2, 1]))
+    assert layer(packed)[0].data.shape == (3, 4)
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    assert layer(torch.empty(5, 2, 3, device="meta"), lengths=lengths)[0].shape == (5, 2, 4)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_batch_sizes_of_other_data(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"data of a PackedSequence holds {steps} steps, its batch_sizes 3"):
+        lt.GRU(3, 4)(PackedSequence(torch.randn(steps, 3), torch.tensor([2, 1])))

@@ -67,17 +67,16 @@ def test_gradients_of_waiting_engines(engine: str) -> None:
     assert not run.races, run.describe()
 
 
-@pytest.mark.parametrize("case", [GRU_OPTIONS, LSTM_CELLS], ids=str)
-def test_gradients_of_a_long_sequence(case: Case) -> None:
+def test_gradients_of_a_long_sequence() -> None:
     """Chunks as they are: 64 and 3 steps."""
-    assert worst(case, 67, 2, 5, torch.float32, engine="local") <= TOLERANCE[torch.float32]
+    assert worst(GRU_OPTIONS, 67, 2, 5, torch.float32, engine="local") <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.usefixtures("chunks_of_two")
 @pytest.mark.parametrize("case", [LSTM_OPTIONS, GRU], ids=str)
 def test_gradients_only_where_asked(case: Case) -> None:
     """Whatever subset of inputs and outputs matters, the gradients are those of "store"."""
-    inputs = case.inputs(5, 2, 7)
+    inputs = case.inputs(3, 2, 7)
     for i in range(len(inputs)):
         results = []
         for memory in ("store", "recompute"):
