@@ -399,9 +399,8 @@ def sequence_backward(
             previous, gates, extra = load_saved(
                 previous_ptr, gates_ptr, extra_ptr, units, offs_b, hidden, masks, G, H, SAVE_GATES, SAVE_EXTRA
             )
-        has_next = mask_b & ((step > 0) | (chained != 0))
+        keep_rows = keep_next
         if MASKED:
-            has_next = has_next & keep_next
             flags = tl.load(steps_ptr + offs_b, mask=mask_b, other=0)
             counts = ((flags & 1) != 0)[:, None]
             keep = (flags & 2) == 0
@@ -412,6 +411,9 @@ def sequence_backward(
             ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
             target += N_H
             poison = tl.where(ok, 0.0, float("nan"))
+        has_next = mask_b & ((step > 0) | (chained != 0))
+        if MASKED:
+            has_next = has_next & keep_rows
         dh_next = ()
         dh_tiles = ()
         if PROJECTED and FIRST:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -175,10 +176,12 @@ class _SequenceGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[:12]) if need]
-        found = _vjp(
-            lambda *tensors: _gradients_by_reference(ctx.run, ctx.needs, ctx.samples, *tensors),
-            ctx.saved_tensors, wanted, grads,
-        )  # fmt: skip
+        saved = ctx.saved_tensors
+        with _no_autocast(saved[4]):
+            found = _vjp(
+                lambda *tensors: _gradients_by_reference(ctx.run, ctx.needs, ctx.samples, *tensors),
+                saved, wanted, grads,
+            )  # fmt: skip
         return *found, *(None,) * 6
 
     @staticmethod
@@ -201,12 +204,17 @@ def _input_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tenso
     """The gradients by all inputs but steps, from those by y, h_n, c_n, cells and what was saved."""
     if all(g is None for g in grads):
         return (None,) * 8
-    kind = ctx.saved_tensors[0].device.type
-    # A region that autocasts around backward is none of ours: the forward pass has settled the dtypes.
-    compiling = torch.compiler.is_compiling()
-    with contextlib.nullcontext() if compiling else torch.autocast(kind, enabled=False):
-        found = _gradients(ctx.run, ctx.needs_input_grad[:8], 1, *grads, *ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    with _no_autocast(saved[0]):
+        found = _gradients(ctx.run, ctx.needs_input_grad[:8], 1, *grads, *saved)
     return [d if d is None or i < 3 else d.squeeze(0) for i, d in enumerate(found)]
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    """A region that autocasts around backward is none of ours: the forward pass has settled the dtypes."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _fold(

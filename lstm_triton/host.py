@@ -159,7 +159,7 @@ def _backward(
             [d for d in (dy, dh_n, dc_n, dcells) if d is not None],
         )
     )
-    # Copies: an operator's results must not share memory, and the gradients by both biases are one tensor.
+    # Copies: an operator's results must not share memory with each other or its arguments, as autograd's may.
     return tuple(
         dy.new_empty(0) if t is None else next(found).clone(memory_format=torch.contiguous_format) for t in leaves
     )

@@ -81,10 +81,14 @@ def assert_compiles_once(
 
 @pytest.mark.parametrize(
     ("cell", "with_lengths"),
-    [pytest.param("lstm", True, marks=pytest.mark.native), ("gru", False), ("rnn", True)],
+    [
+        pytest.param("lstm", True, marks=pytest.mark.native),
+        pytest.param("gru", False, marks=pytest.mark.native),
+        ("rnn", True),
+    ],
 )
 def test_layers_compile_once(cell: str, with_lengths: bool) -> None:
-    """Two layers in two directions, by inductor, which needs a C++ compiler; around kernels it has little to do."""
+    """Two layers in two directions, by inductor, which needs a C++ compiler."""
     torch.manual_seed(0)
     layer = LAYERS[cell][0](INPUTS, HIDDEN, num_layers=2, bidirectional=True, engine=ENGINES[0])
 
@@ -94,8 +98,7 @@ def test_layers_compile_once(cell: str, with_lengths: bool) -> None:
     def run(x: Tensor, lengths: Tensor | None = None) -> Any:
         return layer(x, lengths=lengths)
 
-    backend = "inductor" if cell == "rnn" or not launch.INTERPRETED else "aot_eager"
-    assert_compiles_once(run, draw, backend, list(layer.parameters()))
+    assert_compiles_once(run, draw, "inductor", list(layer.parameters()))
 
 
 @pytest.mark.parametrize(("steps", "engine"), [("lengths", ENGINES[0]), ("masks", ENGINES[-1])])

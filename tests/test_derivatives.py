@@ -187,6 +187,26 @@ def test_create_graph_alone_runs_the_kernels_alone() -> None:
         ours[0].sum().backward()
 
 
+def test_derivatives_within_autocast() -> None:
+    """Of what ran without it: as without it, at either order."""
+    results = []
+    for enabled in (False, True):
+        inputs = leaves(LSTM.inputs(T, B, H, dtype=torch.float32))
+        value = loss(LSTM.function(lt.functional, engine="local")(*inputs))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            first = torch.autograd.grad(value, inputs, create_graph=True)
+            results.append([*first, *torch.autograd.grad(square_norm(first), inputs)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_grad_mode_in_inference_mode() -> None:
+    inputs = leaves(GRU.inputs(T, B, H))
+    function = GRU.function(lt.functional, engine="local")
+    with torch.inference_mode(), torch.enable_grad():
+        ours = function(*inputs)
+    assert_close(ours, function(*inputs), 0)
+
+
 def test_backward_in_eval_mode() -> None:
     torch.manual_seed(0)
     model = lt.LSTM(4, 7, num_layers=2, dropout=0.5).eval()

@@ -52,6 +52,20 @@ def test_gradients(case: Case, dtype: torch.dtype) -> None:
     assert worst(case, 5, 3, 7, dtype, engine="local") <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("case", [LSTM, RNN], ids=str)
+def test_nothing_is_rounded_between_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 too, the gradients by x and the states hardly depend on how the steps are cut into chunks."""
+    inputs = case.inputs(8, 3, 7, dtype=torch.float16)
+    results = []
+    for length in (1, 64):
+        monkeypatch.setattr(ops, "chunk_steps", lambda T, length=length: length)
+        results.append(differentiate(case, inputs, lt.functional, engine="local", memory="recompute"))
+    states = 2 if case.cell == "lstm" else 1
+    compared = slice(1 + states, 1 + states + 1 + states)  # after the results
+    errors = [relative_error(*pair) for pair in zip(*(r[compared] for r in results), strict=True)]
+    assert max(errors) <= 0.1 * TOLERANCE[torch.float16]
+
+
 @pytest.mark.usefixtures("chunks_of_two")
 @pytest.mark.parametrize("T", [1, 2, 4])
 @pytest.mark.parametrize("case", [LSTM_OPTIONS, GRU], ids=str)
