@@ -50,7 +50,7 @@ def sequence(
 
     Returns y [T, B, P], h_n [B, P], c_n [B, H] or None, and with return_cells cells [T, B, H], otherwise None.
     """
-    run = Run(spec, reverse, engine, tile, memory, return_cells)
+    run = Run(spec.cell, spec.activation, reverse, engine, tile, memory, return_cells)
     tensors = [x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps]
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
     if _forward_mode() or (compiling and transformed):

@@ -206,7 +206,7 @@ class RNNBase(nn.Module):
                 finals.append(rest[: self.states])
                 cells += rest[self.states :]
             x = _concatenate(outputs)
-            if self.dropout and self.training and not last:
+            if not last and self.training and self.dropout:
                 # torch.nn draws for the steps that there are, not for padding
                 x = F.dropout(x if packing is None else packing.pack(x), self.dropout)
                 x = x if packing is None else packing.pad(x)

@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 from . import launch
 from .planner import make_plan
 from .plans import LaunchPlan
-from .spec import RESET, VALID, CellSpec
+from .spec import RESET, VALID, Activation, CellSpec
 
 _STATES = "Tensor h0, Tensor? c0"
 _SETTINGS = "str cell, str activation, bool reverse, str engine, int[] tile"
@@ -51,9 +51,13 @@ _library.define(
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run, apart from the tensors: lt.functional's arguments of these names."""
+    """What is to be run, apart from what the tensors tell: the cell's name and lt.functional's arguments.
 
-    spec: CellSpec
+    Nothing that the tensors tell, such as the size of a projection: torch.compile may not know it as a number.
+    """
+
+    cell: str
+    activation: Activation
     reverse: bool
     engine: str
     tile: tuple[int, int] | None
@@ -61,9 +65,14 @@ class Run:
     return_cells: bool
 
     @property
-    def settings(self) -> tuple[str, str, bool, str, list[int]]:
+    def spec(self) -> CellSpec:
+        """The cell, its biases and projection aside."""
+        return CellSpec(self.cell, self.activation)
+
+    @property
+    def settings(self) -> tuple[str, Activation, bool, str, list[int]]:
         """As the operators take them."""
-        return self.spec.cell, self.spec.activation, self.reverse, self.engine, list(self.tile or ())
+        return self.cell, self.activation, self.reverse, self.engine, list(self.tile or ())
 
 
 def plan_for(spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None) -> LaunchPlan:
@@ -90,7 +99,7 @@ def forward(
     y, h_n, c_n, cells, gates, extra, h = torch.ops.lstm_triton.forward(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps, *run.settings, training, run.memory, run.return_cells
     )
-    lstm, store = run.spec.cell == "lstm", run.memory == "store"
+    lstm, store = run.cell == "lstm", run.memory == "store"
     if run.return_cells and steps is None:
         cells, extra = extra, None
     save_gates, save_extra = launch.saves(run.spec)
