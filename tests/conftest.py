@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch
 
+    # PyTorch's own test tools call this at import, and no test after that could set a flag such as cudnn.allow_tf32
+    torch.backends.disable_global_flags = lambda: None
     # one thread for each xdist worker: tiny tensors, and as many workers as cores
     torch.set_num_threads(1)
 
