@@ -160,19 +160,19 @@ class Data:
         self.h0, self.dy = normal(B, H), normal(seq, B, H)
         self.c0 = normal(B, H) if self.spec.cell == "lstm" else None
         self.gates = normal(seq, B, rows)
-        self.y, state, self.extra = self._forward(plan)
-        self.zeros = torch.zeros_like(state)
+        forward = self._forward(plan)
+        self.y, self.extra, self.zeros = forward.h, forward.extra, torch.zeros_like(forward.state)
 
     def run(self, plan: LaunchPlan) -> Callable[[], tuple[Tensor, ...]]:
         """The kernel alone, once over the whole sequence. Forward finds the gates as its last run left them."""
         return partial(self._forward if self.direction == "forward" else self._backward, plan)
 
-    def _forward(self, plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _forward(self, plan: LaunchPlan) -> launch.Forward:
         return launch.forward(
             plan, self.gates, self.w_hh, self.b_hh, self.h0, self.c0, reverse=False, training=True
         )  # fmt: skip
 
-    def _backward(self, plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, plan: LaunchPlan) -> launch.Backward:
         saves_gates, saves_extra = launch.saves(self.spec)
         states = (self.y, self.h0) if self.c0 is None else (self.extra, self.c0)
         saved = self.gates if saves_gates else None, *states, self.extra if saves_extra else None

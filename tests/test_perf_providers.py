@@ -17,6 +17,7 @@ import torch
 from lstm_triton.perf import cudnn, numerics, peers, providers
 from lstm_triton.perf.cases import CELLS, DTYPES, MODES, Case, inputs, oracle, torch_layer
 from lstm_triton.perf.cudnn import SMALL, STANDARD, STATIC, Gpu
+from lstm_triton.perf.precompile import Kernel
 from torch import Tensor
 
 import lstm_triton
@@ -228,9 +229,9 @@ def test_kernels_to_compile(mode: str, expected: list[tuple[str, bool]], monkeyp
     monkeypatch.setattr(providers, "plan", plan)
     names = ["ours", "torch", "ours:local", "ours:step"]
     found = providers.kernels(replace(CASE, mode=mode), names, "cuda")
-    assert found == [(name, *kernel, False) for name in ("ours", "ours:step") for kernel in expected]
+    assert found == [Kernel(name, *kernel) for name in ("ours", "ours:step") for kernel in expected]
     both = providers.kernels(replace(STACKED, mode=mode), ["ours"], "cuda")
-    assert both == [("ours", *kernel, reverse) for reverse in (False, True) for kernel in expected]
+    assert both == [Kernel("ours", *kernel, reverse) for reverse in (False, True) for kernel in expected]
 
 
 def test_plan_goes_by_shape_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
