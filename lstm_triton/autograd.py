@@ -1,10 +1,11 @@
 """Derivatives of a sequence of any order and kind: autograd Functions around the operators of ops.py.
 
     _Sequence              forward on the kernels, and its gradients by backward on the kernels
+    lstm_triton::forward   the same, of the bare operator: what compiled, exported and traced programs are made of
     _SequenceGradients     the same backward where derivatives of it are wanted, which come from `reference`
     _TransformedSequence   forward under the transforms of torch.func
 
-The rules for vmap of the last two run the kernels on a larger batch, or once for each set of weights. Forward-mode
+The rules for vmap of these two run the kernels on a larger batch, or once for each set of weights. Forward-mode
 derivatives are all computed by `reference`: where transforms are nested, PyTorch silently drops what comes of a
 Function's own rule for them, `jvp`.
 
@@ -17,7 +18,6 @@ and where `steps` are given h, in which the steps that do not count hold their s
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from . import ops, reference
 from .ops import Run
 from .spec import RESET, VALID, CellSpec
+from .transforms import forward_mode, transformed
 
 #: Where the batch lies: in x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps; in y, h_n, c_n, cells; in gates, extra, h;
 #: and in the gradients of all inputs but steps, where those by the weights come with the samples first.
@@ -52,37 +53,34 @@ def sequence(
     """
     run = Run(spec.cell, spec.activation, reverse, engine, tile, memory, return_cells)
     tensors = [x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps]
-    compiling, transformed = torch.compiler.is_compiling(), _transformed()
-    if _forward_mode() or (compiling and transformed):
+    compiling, under_transforms = torch.compiler.is_compiling(), transformed()
+    if forward_mode() or (compiling and under_transforms):
         return _by_reference(run, *tensors)
-    if transformed:
+    if under_transforms:
         return _results(run, False, *tensors)[:4]
-    if not _wanted(tensors):
-        return ops.forward(run, False, *tensors)[:4]
-    if compiling:
-        # Dynamo takes no tensor twice: a second one (one zero state for h0 and c0, say) goes in as a view.
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and any(tensor is other for other in tensors[:i]):
-                tensors[i] = tensor.view_as(tensor)
+    # A program holds the operator, which can be written to a file; elsewhere a Function of our own costs less.
+    # torch.jit.trace runs once more without gradients, and wants to find the same.
+    tracing = torch.jit.is_tracing()
+    training = _wanted(tensors) and not tracing
+    if compiling or tracing or not training:
+        return ops.forward(run, training, *tensors)[:4]
     return _Sequence.apply(*tensors, run)
 
 
 def _results(run: Run, training: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """ops.forward under transforms, or once they are dealt with; `training` where one of these wants gradients."""
-    training = training or (torch.is_grad_enabled() and (_transformed() or _wanted(tensors)))
-    if training or _transformed():
+    training = training or (torch.is_grad_enabled() and (transformed() or _wanted(tensors)))
+    if training or transformed():
         return _TransformedSequence.apply(*tensors, run, training)
     return ops.forward(run, False, *tensors)
 
 
 def _gradients(run: Run, needs: tuple[bool, ...], samples: int, *tensors: Tensor | None) -> Sequence[Tensor | None]:
     """ops.gradients, differentiable."""
-    if torch.compiler.is_compiling():
-        return ops.gradients(run, needs, samples, *tensors)
     recorded = torch.is_grad_enabled()
-    if _forward_mode() or (recorded and _batched_grads(tensors[:4])):
+    if forward_mode() or (recorded and _batched_grads(tensors[:4])):
         return _gradients_by_reference(run, needs, samples, *tensors[:-3])
-    if recorded or _transformed():
+    if recorded or transformed():
         return _SequenceGradients.apply(*tensors, run, needs, samples)
     return ops.gradients(run, needs, samples, *tensors)
 
@@ -95,36 +93,44 @@ def _wanted(tensors: Sequence[Tensor | None]) -> bool:
     return recording and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _forward_mode() -> bool:
-    """Forward-mode derivatives are about: of torch.autograd.forward_ad, or of torch.func, which uses the same."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def _transformed() -> bool:
-    """A transform of torch.func is about, of which bare operators do not know."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def _batched_grads(grads: Sequence[Tensor | None]) -> bool:
     """torch.autograd.grad's is_grads_batched is about: PyTorch would forget what a Function in it was computed from."""
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
 
 
 class _Sequence(torch.autograd.Function):
-    """ops.forward of run and its tensors, in another order, outside transforms; in the form that Dynamo traces."""
+    """ops.forward of run and its tensors, in another order, outside transforms."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         *tensors, ctx.run = args
         output = ops.forward(ctx.run, True, *tensors)
         ctx.save_for_backward(*tensors, *_kept(output))
-        if not torch.compiler.is_compiling():  # Dynamo does not take it, and has no use for it
-            ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)
         return output[:4]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_input_gradients(ctx, grads), None, None
+        return *_input_gradients(ctx, grads, ctx.saved_tensors), None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The same of lstm_triton::forward. `training` was settled when the program was made, and may be False."""
+    *tensors, cell, activation, reverse, engine, tile, ctx.training, memory, return_cells = inputs
+    ctx.run = Run(cell, activation, reverse, engine, tuple(tile) or None, memory, return_cells)
+    kept = _kept(ops.results_of(ctx.run, ctx.training, tensors[8], output)) if ctx.training else ()
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors[:9]
+    kept = ctx.saved_tensors[9:] or _kept(ops.forward(ctx.run, True, *tensors))
+    grads = ops.results_of(ctx.run, False, tensors[8], grads)[:4]
+    return *_input_gradients(ctx, grads, (*tensors, *kept)), *(None,) * 9
+
+
+torch.library.register_autograd("lstm_triton::forward", _differentiate, setup_context=_save, lib=ops.library)
 
 
 class _TransformedSequence(torch.autograd.Function):
@@ -145,7 +151,7 @@ class _TransformedSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_input_gradients(ctx, grads[:4]), None, None, None
+        return *_input_gradients(ctx, grads[:4], ctx.saved_tensors), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor | None, ...], Any]:
@@ -200,11 +206,12 @@ def _kept(output: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | No
     return gates, cells if extra is None else extra, y if h is None else h
 
 
-def _input_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _input_gradients(
+    ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
     """The gradients by all inputs but steps, from those by y, h_n, c_n, cells and what was saved."""
     if all(g is None for g in grads):
         return (None,) * 8
-    saved = ctx.saved_tensors
     with _no_autocast(saved[0]):
         found = _gradients(ctx.run, ctx.needs_input_grad[:8], 1, *grads, *saved)
     return [d if d is None or i < 3 else d.squeeze(0) for i, d in enumerate(found)]
@@ -212,8 +219,6 @@ def _input_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tenso
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
     """A region that autocasts around backward is none of ours: the forward pass has settled the dtypes."""
-    if torch.compiler.is_compiling():
-        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -12,16 +12,18 @@ What runs where:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import reference
 from .spec import CellSpec
+from .transforms import forward_mode, refuse_forward_mode, transformed
 
 _TENSORS = (
     "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
@@ -47,15 +49,10 @@ def sequence(
     """
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset)
     settings = (spec.cell, spec.activation, reverse, return_cells)
-    if not torch.compiler.is_compiling() or _transformed():
+    if not torch.compiler.is_compiling() or transformed() or forward_mode():
         return _run(*tensors, *settings)
     y, h_n, c_n, cells = torch.ops.lstm_triton.host_forward(*tensors, *settings)
     return y, h_n, None if c0 is None else c_n, cells if return_cells else None
-
-
-def _transformed() -> bool:
-    """A transform of torch.func or a forward-mode derivative is about: neither ATen nor the operator is fit for it."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _run(
@@ -65,9 +62,10 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`sequence`, eagerly."""
     T, B, _ = x.shape
-    unreadable = lengths is not None and lengths.is_meta
-    stepwise = mask is not None or reset is not None or return_cells or _transformed() or unreadable
-    if stepwise and T > 0:
+    unreadable = lengths is not None and (lengths.is_meta or isinstance(lengths, FakeTensor))
+    stepwise = mask is not None or reset is not None or return_cells or unreadable
+    # ATen's layers know neither forward mode nor torch.func.
+    if (stepwise or transformed() or forward_mode()) and T > 0:
         spec = CellSpec(cell, activation, b_ih is not None, 0 if w_hr is None else w_hr.shape[0])
         return reference.sequence(
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset,
@@ -125,6 +123,7 @@ def _layer(
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     """What does not apply (c_n of a GRU, cells where not asked for) is an empty tensor."""
+    refuse_forward_mode()
     x = args[0]
     with torch.no_grad():
         return tuple(x.new_empty(0) if t is None else t.contiguous() for t in _run(*args))
@@ -152,17 +151,21 @@ def _backward(
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     with _recording():
         outputs = _run(*leaves, *rest)
-    found = iter(
-        torch.autograd.grad(
-            [y for y in outputs if y is not None],
-            [t for t in leaves if t is not None],
-            [d for d in (dy, dh_n, dc_n, dcells) if d is not None],
-        )
-    )
+    found = iter(_vjp(outputs, leaves, (dy, dh_n, dc_n, dcells), create_graph=False))
     # Copies: an operator's results must not share memory with each other or its arguments, as autograd's may.
     return tuple(
         dy.new_empty(0) if t is None else next(found).clone(memory_format=torch.contiguous_format) for t in leaves
     )
+
+
+def _vjp(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None],
+    create_graph: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients by those inputs that require one."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = [(y, d) for y, d in zip(outputs, grads, strict=True) if y is not None]
+    return torch.autograd.grad([y for y, _ in found], wanted, [d for _, d in found], create_graph=create_graph)
 
 
 @contextmanager
@@ -189,20 +192,21 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.cell, ctx.activation, ctx.reverse, ctx.return_cells = inputs
+    *tensors, cell, activation, reverse, return_cells = inputs
+    ctx.settings = (cell, activation, reverse, return_cells)
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, dcells: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        # Without this, the gradients would come back detached, and a penalty on them would count for nothing.
-        raise NotImplementedError("create_graph=True is not available in a compiled or exported program")
-    tensors = ctx.saved_tensors
-    gradients = torch.ops.lstm_triton.host_backward(
-        dy, dh_n, None if tensors[2] is None else dc_n, dcells if ctx.return_cells else None, *tensors,
-        ctx.cell, ctx.activation, ctx.reverse, ctx.return_cells,
-    )  # fmt: skip
-    return *(None if t is None else d for t, d in zip(tensors[:8], gradients, strict=True)), *(None,) * 7
+    tensors, (*_, return_cells) = ctx.saved_tensors, ctx.settings
+    grads = (dy, dh_n, None if tensors[2] is None else dc_n, dcells if return_cells else None)
+    if torch.is_grad_enabled():  # for derivatives of the gradients, which the operator has none of
+        found = iter(_vjp(_run(*tensors, *ctx.settings), tensors[:8], grads, create_graph=True))
+        by_tensor = [next(found) if t is not None and t.requires_grad else None for t in tensors[:8]]
+    else:
+        found = torch.ops.lstm_triton.host_backward(*grads, *tensors, *ctx.settings)
+        by_tensor = [None if t is None else d for t, d in zip(tensors[:8], found, strict=True)]
+    return *by_tensor, *(None,) * 7
 
 
 for _name, _function, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):

@@ -29,21 +29,22 @@ from . import launch
 from .planner import make_plan
 from .plans import LaunchPlan
 from .spec import RESET, VALID, Activation, CellSpec
+from .transforms import refuse_forward_mode
 
 _STATES = "Tensor h0, Tensor? c0"
 _SETTINGS = "str cell, str activation, bool reverse, str engine, int[] tile"
 _GRADIENTS = "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells"
 _WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? steps"
-_library = torch.library.Library("lstm_triton", "DEF")
-_library.define(
+library = torch.library.Library("lstm_triton", "DEF")
+library.define(
     f"forward(Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, bool training, str memory, bool return_cells) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(
+library.define(
     f"backward({_GRADIENTS}, Tensor? gates, Tensor? extra, Tensor h, {_STATES}, Tensor w_hh, Tensor? w_hr, "
     f"Tensor? steps, {_SETTINGS}, bool bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(
+library.define(
     f"backward_recompute({_GRADIENTS}, Tensor? extra, Tensor h, Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, "
     "bool[] needs, int samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -96,9 +97,17 @@ def forward(
 
     extra is None where it is cells, and h where it is y: no two results are one tensor.
     """
-    y, h_n, c_n, cells, gates, extra, h = torch.ops.lstm_triton.forward(
+    results = torch.ops.lstm_triton.forward(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps, *run.settings, training, run.memory, run.return_cells
     )
+    return results_of(run, training, steps, results)
+
+
+def results_of(
+    run: Run, training: bool, steps: Tensor | None, results: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """What `forward` returns, from what lstm_triton::forward does, or the gradients by it from those by that."""
+    y, h_n, c_n, cells, gates, extra, h = results
     lstm, store = run.cell == "lstm", run.memory == "store"
     if run.return_cells and steps is None:
         cells, extra = extra, None
@@ -173,6 +182,7 @@ def _forward(
 
     gates is empty where `memory` is "recompute".
     """
+    refuse_forward_mode()
     spec = _spec(cell, activation, b_hh, w_hr)
     T, B, _ = x.shape
     gates = linear(x.reshape(T * B, -1), w_ih, b_ih).view(T, B, -1)
@@ -417,7 +427,10 @@ def _weight_gradients(
 
 def _recurrent_weight_gradient(by_h: Tensor, h: Tensor, h0: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:
     """sum over t of by_h[t]^T h[t-1], h[t-1] in the order of processing and zero where the step starts from zeros."""
-    T = len(h)
+    T = h.shape[0]
+    if isinstance(T, torch.SymInt):
+        # For compilers, to which T-1 steps would make T = 2 a case of its own.
+        return _summed_product(by_h, _previous(h, h0, steps, reverse))
     first, rest, before = (T - 1, slice(0, T - 1), slice(1, T)) if reverse else (0, slice(1, T), slice(0, T - 1))
     h_before = h[before]
     if steps is not None:
@@ -460,7 +473,8 @@ def _in_gate_order(spec: CellSpec, by_x: Tensor) -> Tensor:
 
 def _previous(h: Tensor, h_first: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:
     """h[t-1] of each of these steps, in the order of processing; zero where a step starts from zeros."""
-    shifted = torch.cat((h[1:], h_first[None]) if reverse else (h_first[None], h[:-1]))
+    T = h.shape[0]
+    shifted = torch.cat((h, h_first[None]))[1:] if reverse else torch.cat((h_first[None], h))[:T]
     return shifted if steps is None else torch.where(_carries(steps), shifted, 0)
 
 
@@ -503,5 +517,5 @@ for _name, _function, _fake in (
     ("backward_recompute", _backward_recompute, _fake_backward_recompute),
 ):
     for _key in ("CUDA", "CPU"):
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"lstm_triton::{_name}", _fake, lib=_library)
+        library.impl(_name, _function, _key)
+    torch.library.register_fake(f"lstm_triton::{_name}", _fake, lib=library)

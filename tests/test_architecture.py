@@ -17,6 +17,7 @@ FOLDERS = {f"{PACKAGE}.kernels": ROOT / "kernels", PACKAGE: ROOT / PACKAGE, f"{P
 # what each module of the package may import of the package; kernels are one unit
 ALLOWED = {
     "spec": set(),
+    "transforms": set(),
     "devices": set(),
     "costs": {"devices"},
     "tuning": {"devices"},
@@ -24,9 +25,9 @@ ALLOWED = {
     "planner": {"spec", "devices", "costs", "plans", "tuning"},
     "reference": {"spec"},
     "launch": {"spec", "devices", "plans", "kernels"},
-    "ops": {"spec", "plans", "planner", "reference", "launch"},
-    "autograd": {"spec", "reference", "ops"},
-    "host": {"spec", "reference"},
+    "ops": {"spec", "plans", "planner", "reference", "launch", "transforms"},
+    "autograd": {"spec", "reference", "ops", "transforms"},
+    "host": {"spec", "reference", "transforms"},
     "functional": {"spec", "devices", "plans", "planner", "reference", "launch", "ops", "autograd", "host"},
     "ragged": set(),
     "checks": set(),

@@ -6,11 +6,9 @@ And that nothing in Python around the operators makes the CPU wait for a GPU.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from getpass import getuser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,16 +28,15 @@ pytestmark = pytest.mark.both
 ENGINES = ("local", "step") if launch.INTERPRETED else ("auto",)
 LAYERS = {"lstm": (lt.LSTM, nn.LSTM), "gru": (lt.GRU, nn.GRU), "rnn": (lt.RNN, nn.RNN)}
 #: T, B. The first ones differ from each other and from all sizes below, as the compiler takes equal ones for the same.
-#: None is 1, and T is not 2, as there are products over T-1 steps: ones are graphs of their own.
-SIZES = [(5, 3), (3, 4), (4, 2)]
+#: None is 1, which is a graph of its own.
+SIZES = [(5, 3), (2, 4), (4, 2)]
 INPUTS, HIDDEN, PROJ = 7, 8, 6
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And for each worker of the test run a cache of its own: two that fill one break each other's compilations."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getuser()}_{worker}")
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a cache of its own: what was traced before a change to the operators' gradients would be found again."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
 
 
@@ -176,17 +173,51 @@ def test_export(cell: str, strict: bool) -> None:
             assert torch.equal(program(*inputs), model(*inputs))
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("strict", [False, True], ids=["free", "strict"])
-def test_exported_programs_train(strict: bool) -> None:
+def traced(model: Reader) -> nn.Module:
+    """Likewise, by torch.jit.trace."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, (torch.randn(4, 3, INPUTS), draw_lengths(4, 3))), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+PROGRAMS = {
+    "exported": lambda model: exported(model, strict=False),
+    "exported strictly": lambda model: exported(model, strict=True),
+    "exported without gradients": torch.no_grad()(lambda model: exported(model, strict=False)),
+    "traced": traced,
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("made", PROGRAMS)
+def test_programs_train(made: str, memory: str) -> None:
+    """First and second derivatives, by parameters and input."""
     torch.manual_seed(0)
-    model = Reader("lstm")
-    program = exported(model, strict)
-    inputs = [torch.randn(4, 3, INPUTS), draw_lengths(4, 3)]
-    found, wanted = (results(m, inputs, list(m.parameters())) for m in (program, model))
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
-    with pytest.raises(NotImplementedError, match="create_graph=True"):
-        torch.autograd.grad(program(*inputs).sum(), list(program.parameters()), create_graph=True)
+    model = Reader("lstm" if memory == "store" else "gru")
+    model.layer.memory = memory
+    program = PROGRAMS[made](model)
+    x, lengths = torch.randn(4, 3, INPUTS), draw_lengths(4, 3)
+    found = []
+    for m in (program, model):
+        parameters = dict(m.named_parameters())
+        leaves = [x.requires_grad_(), *(parameters[name] for name, _ in model.named_parameters())]
+        loss = m(x, lengths).sin().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), leaves)
+        found.append([loss, *torch.autograd.grad(m(x, lengths).sin().sum(), leaves), *first, *second])
+    assert max(relative_error(*pair) for pair in zip(*found, strict=True)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", ["exported", "traced"] if launch.INTERPRETED else ["exported"])
+def test_forward_mode_of_programs_is_refused(made: str) -> None:
+    """PyTorch would take the operator's tangents as zeros. (Without kernels it is torch's own layer that is traced.)"""
+    program = PROGRAMS[made](Reader("lstm"))
+    x, lengths = torch.randn(4, 3, INPUTS), draw_lengths(4, 3)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        torch.func.jvp(lambda x: program(x, lengths), (x,), (x,))
 
 
 @pytest.mark.native

@@ -180,7 +180,8 @@ def test_compiles_without_a_graph_break(case: Case, memory: str) -> None:
             leaves = [t.requires_grad_() for t in case.inputs(T, 3, 8, features=5, dtype=torch.float32)]
             outputs = run(*leaves)
             results.append([*outputs, *torch.autograd.grad(sum(t.square().sum() for t in outputs), leaves)])
-        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        # The products over time may be summed in another order.
+        assert max(relative_error(*pair) for pair in zip(*results, strict=True)) <= TOLERANCE[torch.float32]
         assert counter.frame_count == 1
     with torch.no_grad():
         assert all(torch.equal(*pair) for pair in zip(function(*leaves), compiled(*leaves), strict=True))
