@@ -44,6 +44,6 @@ def relu(x):
 
 
 @triton.jit
-def drelu(y):
-    """The derivative of relu where it has the value y."""
-    return tl.where(y > 0, 1.0, 0.0)
+def relu_gradient(dy, y):
+    """dy times the derivative of relu where it has the value y: 0 where that is 0, for infinite dy too."""
+    return tl.where(y <= 0, 0.0, dy)

@@ -20,7 +20,7 @@ dh_direct   the gradient by h[t-1] that does not go through W_hh
 import triton
 import triton.language as tl
 
-from .activations import drelu, dsigmoid, dtanh, relu, sigmoid, tanh
+from .activations import dsigmoid, dtanh, relu, relu_gradient, sigmoid, tanh
 
 
 @triton.jit
@@ -90,4 +90,4 @@ def rnn_relu_forward(x, h, state):
 @triton.jit
 def rnn_relu_backward(dh, dstate, gates, state, state_prev, extra):
     """One slot."""
-    return (dh * drelu(state),), tl.zeros_like(dh), dstate
+    return (relu_gradient(dh, state),), tl.zeros_like(dh), dstate

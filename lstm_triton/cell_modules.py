@@ -55,8 +55,8 @@ class RNNCellBase(nn.Module):
         check_attributes(input, state, [p for p in parameters if p is not None])
         states = 2 if self.cell == "lstm" else 1
         if self.hidden_size == 0:
-            # nothing to compute: no layer has this, but torch.nn's cells do
-            last = [input.new_zeros(input.size(0), 0) for _ in range(states)]
+            # nothing to compute, but part of the graph: no layer has this, but torch.nn's cells do
+            last = [nn.functional.linear(input, self.weight_ih) for _ in range(states)]
         else:
             run = getattr(functional, self.cell)
             initial = state or (None,) * states

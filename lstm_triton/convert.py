@@ -54,9 +54,10 @@ def replace(model: Model, *, engine: str = "auto", memory: str = "store") -> Mod
     weight_norm, and parametrizations, whose generated class is generated again on ours. State dicts keep their keys.
 
     Left alone: layers that are ours already; torch.nn's cells; ScriptModules and quantized layers; modules that `model`
-    holds without registering them; and subclasses of torch.nn's layers, which may have changed anything, with a warning
-    that names them. Replace before fully_shard, which makes subclasses too, and before anything that keeps a layer's
-    `forward` as a bound method to call it later: that method is torch.nn's and does not know ours.
+    holds without registering them; and, with a warning that names them, what may compute something else: subclasses of
+    torch.nn's layers, and layers with a `forward` of their own in the object. Replace before fully_shard, which makes
+    subclasses too, and before anything that keeps a layer's `forward` as a bound method to call it later: that method
+    is torch.nn's and does not know ours.
 
     engine, memory: as the layers take them. Raises TypeError if model is no module, ValueError for a wrong option; no
     layer has changed then.
@@ -67,16 +68,14 @@ def replace(model: Model, *, engine: str = "auto", memory: str = "store") -> Mod
     for path, module in model.named_modules():
         kind = type_before_parametrizations(module)
         for pair in _LAYERS:
-            if kind is pair.torch:
-                arguments = _arguments(module, pair)
-                ours = pair.ours(**arguments, device="meta", engine=engine, memory=memory)
-                found.append((module, pair.torch(**arguments, device="meta"), ours))
-            elif issubclass(kind, pair.torch):
-                warnings.warn(
-                    f"{path or 'the model itself'} was left as it is: its class {kind.__qualname__} is a subclass of "
-                    f"torch.nn.{pair.torch.__name__}, and may have changed what the layer computes",
-                    stacklevel=2,
-                )
+            if not issubclass(kind, pair.torch):
+                continue
+            if changed := _changed(module, kind, pair.torch, "torch.nn"):
+                warnings.warn(f"{path or 'the model itself'} was left as it is: {changed}", stacklevel=2)
+                continue
+            arguments = _arguments(module, pair)
+            ours = pair.ours(**arguments, device="meta", engine=engine, memory=memory)
+            found.append((module, pair.torch(**arguments, device="meta"), ours))
     for module, old, new in found:
         _change_class(module, old, new)
     return model
@@ -97,7 +96,7 @@ def to_torch(module: Model) -> Model:
     return_cells still does so, and torch.nn raises TypeError.
 
     Raises TypeError if module is no module, ValueError naming the layer and the option that torch.nn lacks, and
-    ValueError for a subclass of our layers.
+    ValueError for a subclass of our layers and for a layer with a `forward` of its own in the object.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -106,21 +105,30 @@ def to_torch(module: Model) -> Model:
         kind = type_before_parametrizations(layer)
         name = path or "the module itself"
         for pair in _LAYERS + _CELLS:
-            if kind is pair.ours:
-                arguments = _arguments(layer, pair)
-                plain = pair.ours(**arguments, device="meta")
-                _refuse_options(name, layer, plain)
-                found.append((layer, plain, pair.torch(**arguments, device="meta")))
-            elif issubclass(kind, pair.ours):
-                raise ValueError(
-                    f"{name} cannot be made torch.nn's: its class {kind.__qualname__} is a subclass of "
-                    f"lstm_triton.{pair.ours.__name__}, and may have changed what the layer computes"
-                )
+            if not issubclass(kind, pair.ours):
+                continue
+            if changed := _changed(layer, kind, pair.ours, "lstm_triton"):
+                raise ValueError(f"{name} cannot be made torch.nn's: {changed}")
+            arguments = _arguments(layer, pair)
+            plain = pair.ours(**arguments, device="meta")
+            _refuse_options(name, layer, plain)
+            found.append((layer, plain, pair.torch(**arguments, device="meta")))
     memo = _shared(module)
     twin = copy.deepcopy(module, memo)
     for layer, old, new in found:
         _change_class(memo[id(layer)], old, new)
     return twin
+
+
+def _changed(layer: nn.Module, kind: type[nn.Module], plain: type[nn.Module], package: str) -> str:
+    """Why a layer of this kind may compute something else than one of the plain class; empty if it does not."""
+    if kind is not plain:
+        why = f"its class {kind.__qualname__} is a subclass of {package}.{plain.__name__}, and may have changed"
+    elif "forward" in vars(layer):
+        why = "a forward of its own was set in the object, and may have changed"
+    else:
+        return ""
+    return f"{why} what the layer computes"
 
 
 def _arguments(layer: nn.Module, pair: _Pair) -> dict[str, object]:

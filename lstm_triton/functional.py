@@ -256,30 +256,28 @@ def _check(
     for name, tensor, dims in (("x", x, 3), ("w_ih", w_ih, 2), ("w_hh", w_hh, 2), ("w_hr", w_hr, 2)):
         if name == "w_hr" and tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        _check_dense(name, tensor, "a Tensor")
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     G, H = spec.gates, w_hh.shape[1]
     if w_hr is not None:
-        P, H = w_hr.shape
-        if not 0 < P < H:
+        P, units = w_hr.shape
+        if not 0 < P < units:
             raise ValueError(f"w_hr must be [P, H] with 0 < P < H, got shape {tuple(w_hr.shape)}")
-        spec = replace(spec, proj=P)
+        spec, H = replace(spec, proj=P), w_hh.shape[0] // G
     if H == 0:
         raise ValueError(f"w_hh must be [{G}*H, H] with H >= 1, got shape {tuple(w_hh.shape)}")
     T, B, I = x.shape  # noqa: E741
     wanted = {**spec.parameters(I, H), **spec.state_shapes(B, H), "lengths": (B,), "mask": (T, B), "reset": (T, B)}
+    # H comes from w_hh, which has to fit itself before others are held against it.
+    wanted = {"w_hh": wanted["w_hh"]} | wanted
     for name, shape in wanted.items():
         tensor = getattr(tensors, name)
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor or None, got {type(tensor).__name__}")
+        _check_dense(name, tensor, "a Tensor or None")
         if tuple(tensor.shape) != shape:
             # Formatted here alone: under torch.compile a size that becomes text is a constant from then on.
             sizes = f"{G} gate(s), T={T}, B={B}, I={I}, H={H}" + (f", P={spec.proj}" if spec.proj else "")
@@ -295,3 +293,10 @@ def _check(
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
     return spec
+
+
+def _check_dense(name: str, tensor: Any, expected: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be {expected}, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")

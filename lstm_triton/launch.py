@@ -73,7 +73,12 @@ def saves(spec: CellSpec) -> tuple[bool, bool]:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """The planner's view of the device that holds `tensor`."""
+    """The planner's view of the device that holds `tensor`. Raises RuntimeError where no kernel runs."""
+    if not (tensor.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            f"lstm_triton's kernels need CUDA tensors (or TRITON_INTERPRET=1 before triton is imported), got one on "
+            f"{tensor.device}: a program made on kernels runs on kernels only"
+        )
     return _cuda_device(tensor.device.index or 0) if tensor.is_cuda and not INTERPRETED else INTERPRETER
 
 

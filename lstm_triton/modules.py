@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
@@ -107,8 +109,16 @@ class RNNBase(nn.Module):
         return list(chain(*self._all_weights))
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:
+        """A tuple: what somebody put into torch.nn's list would count for nothing here."""
+        return tuple(getattr(self, name, None) for name in self._flat_weights_names)
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Iterable[Tensor | None]) -> None:
+        """Nothing to do for who lists the parameters anew, as torch.nn wants it of those who replace one."""
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is not getattr(self, name, None) and not is_parametrized(self, name):
+                raise ValueError(f"_flat_weights must hold the parameters themselves: set {name} to change one")
 
     def forward(
         self,
@@ -192,11 +202,16 @@ class RNNBase(nn.Module):
         # one initial state for each layer and direction
         initial = list(zip(*(s.unbind(0) for s in state), strict=True)) or [(None,) * self.states] * len(weights)
         directions = 2 if self.bidirectional else 1
+        if len(weights) != self.num_layers * directions:
+            raise RuntimeError(
+                f"num_layers={self.num_layers}, bidirectional={self.bidirectional} do not fit the parameters, "
+                f"which are of {len(weights)} layers and directions"
+            )
         finals = []
         for layer in range(self.num_layers):
             last = layer == self.num_layers - 1
-            if return_cells and last:
-                options["return_cells"] = True
+            if last and self.cell == "lstm":
+                options["return_cells"] = return_cells
             outputs, cells = [], []
             for direction in range(directions):
                 k = layer * directions + direction
@@ -216,6 +231,9 @@ class RNNBase(nn.Module):
         self, input: Tensor, state: tuple[Tensor, ...], weights: list[list[Tensor]], batch_sizes: Tensor | None
     ) -> None:
         """torch.nn's checks in its order: its own, then ATen's."""
+        for name, weight in zip(self._flat_weights_names, chain(*weights), strict=True):
+            if weight is None:
+                raise TypeError(f"{name} must be a Tensor, got None")
         if batch_sizes is not None and self.cell == "lstm":
             # this one torch.nn leaves to ATen altogether
             check_attributes(input, state, chain(*weights))
@@ -346,9 +364,12 @@ class LSTM(RNNBase):
                 f"For {_BATCHED[input_dim]} {input_dim}-D input, hx and cx should also be {input_dim}-D "
                 f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
-        # as torch.nn, which reads the first two for unbatched input
-        if input_dim != 2 and len(hx) != 2:
-            raise RuntimeError("lstm expects two hidden states")
+        # as torch.nn, which reads the first two of anything for unbatched input
+        if input_dim != 2:
+            if not isinstance(hx, (tuple, list)):
+                raise TypeError(f"lstm(): argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}")
+            if len(hx) != 2:
+                raise RuntimeError("lstm expects two hidden states")
         return hx[0], hx[1]
 
     def _join_state(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

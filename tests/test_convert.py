@@ -489,6 +489,21 @@ def test_subclasses_stay_with_a_warning() -> None:
         lt.replace(Own(I, H))
 
 
+def test_a_forward_in_the_object_stays_with_a_warning() -> None:
+    net = nn.Sequential(nn.GRU(I, H), nn.GRU(I, H))
+    inner = net[0].forward
+    net[0].forward = lambda x: inner(2 * x)
+    x = torch.randn(T, B, I)
+    wanted = net[0](x)[0]
+    with pytest.warns(UserWarning, match="^0 was left as it is: a forward of its own"):
+        lt.replace(net)
+    assert kinds(net)[1:] == [nn.GRU, lt.GRU]
+    assert torch.equal(net[0](x)[0], wanted)
+    net[1].forward = net[1].forward
+    with pytest.raises(ValueError, match=r"^1 cannot be made torch.nn's: a forward of its own"):
+        lt.to_torch(net)
+
+
 def test_subclasses_of_ours_cannot_become_torchs() -> None:
     class Ours(lt.GRU):
         pass

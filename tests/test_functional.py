@@ -338,7 +338,7 @@ def test_plans_take_the_new_arguments() -> None:
         ({"w_hr": torch.zeros(H, H)}, ValueError, r"w_hr must be \[P, H\] with 0 < P < H, got shape \(12, 12\)"),
         ({"w_hr": torch.zeros(0, H)}, ValueError, r"w_hr must be \[P, H\] with 0 < P < H, got shape \(0, 12\)"),
         ({"w_hr": torch.zeros(P, H)}, ValueError, r"w_hr must have x's dtype torch.float64, got torch.float32"),
-        ({"w_hr": torch.zeros(P, 2 * H)}, ValueError, r"w_ih must have shape \(96, 3\) .*H=24, P=6.*got \(48, 3\)"),
+        ({"w_hr": torch.zeros(P, 2 * H)}, ValueError, r"w_hr must have shape \(6, 12\) .*H=12, P=6.*got \(6, 24\)"),
         ({"w_hh": torch.zeros(4 * H, H)}, ValueError, r"w_hh must have shape \(48, 6\) .*P=6.*got \(48, 12\)"),
         ({"h0": torch.zeros(B, H)}, ValueError, r"h0 must have shape \(4, 6\) .*got \(4, 12\)"),
         ({"c0": torch.zeros(B, P)}, ValueError, r"c0 must have shape \(4, 12\) .*got \(4, 6\)"),

@@ -139,6 +139,22 @@ def test_a_row_does_not_depend_on_its_batch(cell: str, engine: str) -> None:
     assert not beside[:, 17].equal(whole[:, 17])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_relu_keeps_infinite_gradients_from_dead_units(engine: str) -> None:
+    x, h0, *weights = (t.requires_grad_() for t in problem("rnn", 2, 2, 8, bias=False))
+    results = []
+    for name in (engine, "reference"):
+        with concurrent(0):
+            y, _ = lt.functional.rnn(x, h0, *weights, activation="relu", engine=name)
+            alive = y[-1] > 0
+            assert 0 < alive.sum() < alive.numel()
+            dy = torch.zeros_like(y)
+            dy[-1] = torch.where(alive, 1.0, torch.inf)
+            results.append(torch.autograd.grad(y, [x, h0, *weights], dy))
+    for ours, wanted in zip(*results, strict=True):
+        assert relative_error(ours, wanted) <= TOLERANCE[torch.float32]
+
+
 def test_relu_keeps_nan() -> None:
     inputs = problem("rnn", 2, 2, 8)
     inputs[0][0, 1] = torch.nan

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch_pairs import ALIKE, INTERPRETED, LAYERS, TOLERANCE, assert_close, build, mapped, outcome, results, tensors
 
 import lstm_triton as lt
@@ -359,6 +360,45 @@ def test_states_of_wrong_structure(cell: str) -> None:
         mine, other = (outcome(lambda layer=layer: layer(I, H)(x)) for layer in LAYERS[cell])  # noqa: B023
         assert other[0] == "AttributeError"
         assert mine == other
+
+
+@pytest.mark.parametrize("hx", [torch.zeros(2, 1, B, H), {0: torch.zeros(1, B, H), 1: torch.zeros(1, B, H)}], ids=type)
+def test_both_states_in_another_container(hx: object) -> None:
+    """Not for batched input: TypeError, of which torch.nn's text lists every signature."""
+    for layer in LAYERS["LSTM"]:
+        with pytest.raises(TypeError, match=r"^lstm\(\)"):
+            layer(I, H)(torch.zeros(T, B, I), hx)
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_parameters_and_attributes_that_no_longer_fit(cell: str) -> None:
+    layer = LAYERS[cell][0](I, H, 2)
+    x = torch.zeros(T, B, I)
+    layer.num_layers = 1
+    with pytest.raises(RuntimeError, match=r"num_layers=1, bidirectional=False do not fit .* 2 layers"):
+        layer(x)
+    layer.num_layers, layer.bias_hh_l0 = 2, None
+    with pytest.raises(TypeError, match="bias_hh_l0 must be a Tensor, got None"):
+        layer(x)
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_weights_listed_anew(cell: str) -> None:
+    """As models do for torch.nn that change one; nothing can be changed by the list alone."""
+    layer = LAYERS[cell][0](I, H)
+    x = torch.randn(T, B, I)
+    del layer.weight_hh_l0
+    layer.weight_hh_l0 = torch.zeros(layer.weight_ih_l0.shape[0], H)
+    layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
+    assert layer._flat_weights[1] is layer.weight_hh_l0
+    y, _ = layer(x)
+    with pytest.raises(ValueError, match="set weight_ih_l0 to change one"):
+        layer._flat_weights = [torch.zeros_like(w) for w in layer._flat_weights]
+    with pytest.raises(TypeError):
+        layer._flat_weights[0] = torch.zeros_like(layer.weight_ih_l0)
+    assert torch.equal(layer(x)[0], y)
+    parametrize.register_parametrization(layer, "weight_ih_l0", nn.Identity())
+    layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
 
 
 def test_states_that_torch_takes() -> None:

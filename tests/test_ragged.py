@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch_pairs import ALIKE, INTERPRETED, LAYERS, TOLERANCE, assert_close, build, outcome, results, tensors
 
@@ -339,6 +340,8 @@ def test_gradients_by_cells() -> None:
 def test_cells_are_lstms_alone(name: str) -> None:
     with pytest.raises(ValueError, match=f"return_cells must be False for {name}, which has no cell state"):
         LAYERS[name][0](I, H)(torch.zeros(2, 2, I), return_cells=True)
+    with pytest.raises(TypeError, match="return_cells must be True or False, got 'all'"):
+        lt.LSTM(I, H)(torch.zeros(2, 2, I), return_cells="all")
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -407,6 +410,9 @@ def test_meta_tensors() -> None:
     assert layer(packed)[0].data.shape == (3, 4)
     lengths = torch.empty(2, dtype=torch.int64, device="meta")
     assert layer(torch.empty(5, 2, 3, device="meta"), lengths=lengths)[0].shape == (5, 2, 4)
+    with FakeTensorMode():
+        y, _ = lt.LSTM(3, 4)(torch.empty(5, 2, 3), lengths=torch.tensor([5, 2]))
+        assert y.shape == (5, 2, 4)
 
 
 @pytest.mark.parametrize("steps", [2, 4])

@@ -165,11 +165,12 @@ def test_cells_step_by_step(name: str, bias: bool) -> None:
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_without_hidden_units(name: str) -> None:
     ours, theirs = (kind(I, 0) for kind in PAIRS[name])
-    x = torch.randn(3, I)
+    x = torch.randn(3, I, requires_grad=True)
     for hx in (None, torch.randn(3, 0)):
         hx = (hx, hx) if name == "LSTMCell" and hx is not None else hx
         found, expected = (dict(tensors(cell(x, hx), "output")) for cell in (ours, theirs))
         assert_close(found, expected, 0.0)
+        assert all(t.requires_grad for t in (*found.values(), *expected.values()))
 
 
 @pytest.mark.parametrize(
