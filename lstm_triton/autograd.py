@@ -68,8 +68,8 @@ def sequence(
 
 
 def _results(run: Run, training: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """ops.forward under transforms, or once they are dealt with; `training` where one of these wants gradients."""
-    training = training or (torch.is_grad_enabled() and (transformed() or _wanted(tensors)))
+    """ops.forward under transforms, or once they are dealt with; `training` where one of these may want gradients."""
+    training = training or (torch.is_grad_enabled() and transformed())
     if training or transformed():
         return _TransformedSequence.apply(*tensors, run, training)
     return ops.forward(run, False, *tensors)

@@ -312,6 +312,15 @@ def test_transforms_run_the_kernels(launches: list[tuple[str, int]]) -> None:
     assert launches == [("forward", B), ("backward", B * H * B)]
 
 
+@pytest.mark.parametrize("case", [WITH_OPTIONS[0], GRU], ids=str)
+def test_vmap_over_each_weight_alone(case: Case) -> None:
+    tensors = case.inputs(2, B, H)
+    for i in range(by_rows(case, tensors).index(None), len(tensors)):
+        dims = tuple(0 if i == j else None for j in range(len(tensors)))
+        some = stacked(tensors, dims)
+        assert_close(*(vmap(lambda *t, f=f: gradients(f, *t), dims)(*some) for f in case.both(engine="local")))
+
+
 def test_vmap_over_masks() -> None:
     """Each with its own steps, and nothing else of its own."""
     tensors = GRU.inputs(T, B, H)
@@ -438,6 +447,19 @@ def test_batched_gradients(case: Case, memory: str) -> None:
         first = torch.autograd.grad(outputs, inputs, grads, is_grads_batched=True, retain_graph=True)
         again = torch.autograd.grad(outputs, inputs, grads, is_grads_batched=True, create_graph=True)
         results.append([*first, *again, *torch.autograd.grad(square_norm(again), inputs)])
+    assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("output", range(3))
+def test_batched_gradients_of_one_output(output: int) -> None:
+    results = []
+    for function in LSTM.both(engine="local"):
+        inputs = leaves(LSTM.inputs(2, B, H))
+        y = function(*inputs)[output]
+        grads = torch.stack([y.detach().cos(), y.detach().sin()])
+        first = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, create_graph=True)
+        results.append([*first, *torch.autograd.grad(square_norm(first), inputs)])
     assert_close(*results)
 
 

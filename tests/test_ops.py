@@ -31,7 +31,8 @@ def operator_calls(case: Case, training: bool, memory: str) -> Iterator[tuple[An
                 calls.append((func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)))
             return func(*args, **kwargs or {})
 
-    inputs = [t.requires_grad_(training) for t in case.inputs(3, 2, 8, dtype=torch.float32)]
+    # No accumulator's dtype: a fake that says float32 for a result, or the other way round, is found.
+    inputs = [t.requires_grad_(training) for t in case.inputs(3, 2, 8, dtype=torch.float16)]
     with Recorder():
         outputs = case.function(lt.functional, engine="local", tile=(16, 16), memory=memory)(*inputs)
         if training:
@@ -93,6 +94,15 @@ def test_gradients_only_where_asked(cell: str) -> None:
         some = [t.clone().requires_grad_(i == j) for j, t in enumerate(inputs)]
         (gradient,) = torch.autograd.grad(sum(t.square().sum() for t in function(*some, engine="local")), some[i])
         assert torch.equal(gradient, wanted[i])
+
+
+def test_no_product_for_a_gradient_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, *others = problem("lstm", 3, 2, 8)
+    others = [t.requires_grad_() for t in others]
+    monkeypatch.setattr(ops, "_input_gradient", None)
+    torch.autograd.grad(lt.functional.lstm(x, *others, engine="local")[0].sum(), others)
+    with pytest.raises(TypeError):
+        lt.functional.lstm(x.requires_grad_(), *others, engine="local")[0].sum().backward()
 
 
 @pytest.mark.parametrize("case", [LSTM, LSTM_CELLS, *WITH_OPTIONS], ids=str)
@@ -294,6 +304,7 @@ def test_threads() -> None:
     ("case", "T", "options"),
     [
         *((RNN, 5, {"engine": engine}) for engine in (*ENGINES, "resident", "streamed")),
+        (LSTM_CELLS, 5, {"engine": "local"}),
         *((case, 19, {"engine": "local", "memory": "recompute"}) for case in (LSTM, GRU_OPTIONS)),
     ],
 )
@@ -315,7 +326,9 @@ def test_every_launch_gets_the_same_pointers(
     inputs = [t.requires_grad_() for t in case.inputs(T, 3, 7, features=3, dtype=torch.float16)]
     with concurrent(0):
         outputs = case.function(lt.functional, tile=(16, 8), **options)(*inputs)
-        torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs])
+        # gradients may come in as anything
+        grads = [torch.ones(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape) for t in outputs]
+        torch.autograd.grad(outputs, inputs, grads)
     assert aligned and all(all(flags) for flags in aligned)
 
 
