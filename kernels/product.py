@@ -88,16 +88,19 @@ def sum_slices(acc, BLOCK_B: tl.constexpr, N: tl.constexpr, SPLIT_K: tl.constexp
 
 @triton.jit
 def product_from_memory(
-    rows_ptr, row_stride, mask_b, column_ptr, mask_n, stride_k, resident, poison,
-    K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE: tl.constexpr,
+    PART: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """rows [BLOCK_B, K] times weights [K, N], where the rows are the whole group's, read from memory.
+    """rows [BLOCK_B, K] times tile TILE of the weights [K, N], where the rows are the whole group's, read from memory.
 
+    The weights' rows are those of segment PART, of K each.
     With SPLIT_K each warp takes a slice of K, since a plain product of 16 rows would be done again by every warp.
     """
     MASK_K: tl.constexpr = K % BLOCK_K != 0
+    TILES: tl.constexpr = len(column_ptrs)
+    K_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     if SPLIT_K == 1:
         acc = tl.full((BLOCK_B, N), 0, ACC) + poison
     else:
@@ -112,9 +115,11 @@ def product_from_memory(
             if k + AHEAD * BLOCK_K < K:
                 ptrs = row_ptrs + (k + AHEAD * BLOCK_K)
                 rows = rows + (load_tile(ptrs, row_mask, row_k, K - k - AHEAD * BLOCK_K, MASK_K),)
-            acc = dot(rows[k // BLOCK_K], resident[k // BLOCK_K], acc, DOT, PRECISION)
+            acc = dot(rows[k // BLOCK_K], resident[(PART * K_TILES + k // BLOCK_K) * TILES + TILE], acc, DOT, PRECISION)
     else:
-        ptrs, offs_k, mask = weight_tile(column_ptr, mask_n, stride_k, BLOCK_K, SPLIT_K)
+        ptrs, offs_k, mask = weight_tile(column_ptrs[TILE], masks_n[TILE], stride_k, BLOCK_K, SPLIT_K)
+        if PART > 0:
+            ptrs += PART * K * stride_k
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             rows = load_tile(row_ptrs, row_mask, row_k, K - k, MASK_K)
             weights = load_tile(ptrs, mask, offs_k, K - k, MASK_K)
@@ -128,11 +133,11 @@ def product_from_memory(
 
 @triton.jit
 def product_from_registers(
-    rows, column_ptrs, masks_n, stride_k, resident, TILE: tl.constexpr,
+    rows, column_ptrs, masks_n, stride_k, resident, TILE: tl.constexpr, PART: tl.constexpr,
     SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     RESIDENT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tile TILE of the same product, where the rows are this program's own: a tuple of tiles [BLOCK_B, BLOCK_K]."""
+    """The same where the rows are this program's own: a tuple of tiles [BLOCK_B, BLOCK_K], from segment PART on."""
     TILES: tl.constexpr = len(column_ptrs)
     K_TILES: tl.constexpr = (SEGMENT + BLOCK_K - 1) // BLOCK_K  # of a segment
     if SPLIT_K == 1:
@@ -141,10 +146,10 @@ def product_from_registers(
         acc = tl.full((SPLIT_K, BLOCK_B, N), 0, ACC)
     for k in tl.static_range(len(rows)):
         if RESIDENT:
-            weights = resident[k * TILES + TILE]
+            weights = resident[(PART * K_TILES + k) * TILES + TILE]
         else:
             ptrs, offs_k, mask = weight_tile(column_ptrs[TILE], masks_n[TILE], stride_k, BLOCK_K, SPLIT_K)
-            ptrs += (k // K_TILES * SEGMENT + k % K_TILES * BLOCK_K) * stride_k
+            ptrs += ((PART + k // K_TILES) * SEGMENT + k % K_TILES * BLOCK_K) * stride_k
             weights = load_tile(ptrs, mask, offs_k, SEGMENT - k % K_TILES * BLOCK_K, SEGMENT % BLOCK_K != 0)
         if SPLIT_K == 1:
             acc = dot(rows[k], weights, acc, DOT, PRECISION)
@@ -159,18 +164,18 @@ def product_from_registers(
 @triton.jit
 def product(
     rows, rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE: tl.constexpr,
-    LOCAL: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr,
+    PART: tl.constexpr, LOCAL: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tile TILE of rows times weights: LOCAL from this program's own `rows`, else from the group's at rows_ptr."""
+    """Tile TILE of rows times weights, whose rows begin at segment PART: LOCAL from this program's own `rows`, else from the group's at rows_ptr."""
     if LOCAL:
         return product_from_registers(
-            rows, column_ptrs, masks_n, stride_k, resident, TILE,
+            rows, column_ptrs, masks_n, stride_k, resident, TILE, PART,
             SEGMENT, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, DOT, ACC, PRECISION,
         )  # fmt: skip
     else:
         return product_from_memory(
-            rows_ptr, row_stride, mask_b, column_ptrs[TILE], masks_n[TILE], stride_k, resident, poison,
-            K, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
+            rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE,
+            PART, K, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
         )  # fmt: skip

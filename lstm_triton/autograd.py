@@ -12,7 +12,8 @@ Function's own rule for them, `jvp`.
 What is kept for backward: the inputs, which exist anyway, and beside them
     LSTM   y, c and the gates: 6 numbers a step and unit; with memory="recompute" y and c: 2
     GRU    y, the gates and W_hn h[t-1] + b_hn: 5; with memory="recompute" y: 1
-    RNN    y: 1
+    RNN    y: 1; with zoneout, layer norm, or an activation whose value does not tell its derivative, the gate: 2
+    layer norm    the normalised recurrent product too: G more, none with memory="recompute"
 and where `steps` are given h, in which the steps that do not count hold their state, instead of y.
 """
 
@@ -27,34 +28,41 @@ from torch import Tensor
 
 from . import ops, reference
 from .ops import Run
+from .products import per_sample
 from .spec import RESET, VALID, CellSpec
 from .transforms import forward_mode, transformed
 
-#: Where the batch lies: in x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps; in y, h_n, c_n, cells; in gates, extra, h;
-#: and in the gradients of all inputs but steps, where those by the weights come with the samples first.
-_INPUTS = (1, 0, 0, None, None, None, None, None, 1)
+#: Where the batch lies: in ops.TENSORS; in y, h_n, c_n, cells; in Kept's four and h; and in the gradients by what is
+#: differentiable, where those by the weights come with the samples first. recurrent_mask: see _with_mask.
+_INPUTS = (1, 0, 0, None, None, None, None, None, None, 0, 1, None)
 _RESULTS = (1, 0, 0, 1)
-_KEPT = (1, 1, 1)
-_GRADIENTS = (1, 0, 0, 0, 0, 0, 0, 0)
+_KEPT = (1, 1, 1, 1, 1)
+_GRADIENTS = (1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+_STEPS, _SEED, _MASK = (ops.TENSORS.index(name) for name in ("steps", "seed", "recurrent_mask"))
 
 
 def sequence(
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    steps: Tensor | None, seed: Tensor | None,
     *, spec: CellSpec, reverse: bool, engine: str, tile: tuple[int, int] | None, memory: str, return_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Run one layer in one direction on the kernels, with derivatives of any order.
 
     x [T, B, I], h0 [B, P], c0 [B, H] for the LSTM, w_ih [G*H, I], w_hh [G*H, P], biases [G*H], both or neither, w_hr
-    [P, H] or None (then P = H), all of one dtype; steps [T, B] uint8 of spec.VALID and spec.RESET, or None: every step
-    counts. x is zero where a step does not count. The other arguments are lt.functional's.
+    [P, H] or None (then P = H), params [K, H] with the rows that spec.rows names, recurrent_mask [B, P] or [G, B, P],
+    all of one dtype; without w_ih and b_ih x is the input product [T, B, G*H]. steps [T, B] uint8 of spec.VALID and
+    spec.RESET, or None: every step counts. seed [1] int64, or None: zoneout takes the mean. x is zero where a step does
+    not count. The other arguments are lt.functional's.
 
     Returns y [T, B, P], h_n [B, P], c_n [B, H] or None, and with return_cells cells [T, B, H], otherwise None.
     """
-    run = Run(spec.cell, spec.activation, reverse, engine, tile, memory, return_cells)
-    tensors = [x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps]
+    run = Run(spec.untold, reverse, engine, tile, memory, return_cells)
+    seed = seed if spec.zoneout != (0.0, 0.0) else None
+    tensors = [x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, params, recurrent_mask, steps, seed]
     compiling, under_transforms = torch.compiler.is_compiling(), transformed()
-    if forward_mode() or (compiling and under_transforms):
+    if forward_mode() or (under_transforms and (compiling or seed is not None)):
+        # What zoneout draws goes by the row of the batch, which the rules for vmap would change.
         return _by_reference(run, *tensors)
     if under_transforms:
         return _results(run, False, *tensors)[:4]
@@ -76,13 +84,20 @@ def _results(run: Run, training: bool, *tensors: Tensor | None) -> tuple[Tensor 
 
 
 def _gradients(run: Run, needs: tuple[bool, ...], samples: int, *tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """ops.gradients, differentiable."""
+    """ops.gradients of the gradients by the results, the inputs, and what was kept; differentiable."""
     recorded = torch.is_grad_enabled()
     if forward_mode() or (recorded and _batched_grads(tensors[:4])):
-        return _gradients_by_reference(run, needs, samples, *tensors[:-3])
+        return _gradients_by_reference(run, needs, samples, *tensors[: 4 + len(_INPUTS)])
     if recorded or transformed():
         return _SequenceGradients.apply(*tensors, run, needs, samples)
-    return ops.gradients(run, needs, samples, *tensors)
+    return _on_kernels(run, needs, samples, tensors)
+
+
+def _on_kernels(
+    run: Run, needs: tuple[bool, ...], samples: int, tensors: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    inputs = 4 + len(_INPUTS)
+    return ops.gradients(run, needs, samples, tensors[:4], tensors[4:inputs], tensors[inputs:])
 
 
 def _wanted(tensors: Sequence[Tensor | None]) -> bool:
@@ -111,22 +126,22 @@ class _Sequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_input_gradients(ctx, grads, ctx.saved_tensors), None, None
+        return *_input_gradients(ctx, grads, ctx.saved_tensors), None, None, None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """The same of lstm_triton::forward. `training` was settled when the program was made, and may be False."""
-    *tensors, cell, activation, reverse, engine, tile, ctx.training, memory, return_cells = inputs
-    ctx.run = Run(cell, activation, reverse, engine, tuple(tile) or None, memory, return_cells)
-    kept = _kept(ops.results_of(ctx.run, ctx.training, tensors[8], output)) if ctx.training else ()
+    *tensors, cell, reverse, engine, tile, ctx.training, memory, return_cells = inputs
+    ctx.run = Run(cell, reverse, engine, tuple(tile) or None, memory, return_cells)
+    kept = _kept(ops.results_of(ctx.run, ctx.training, tensors[_STEPS], output)) if ctx.training else ()
     ctx.save_for_backward(*tensors, *kept)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors[:9]
-    kept = ctx.saved_tensors[9:] or _kept(ops.forward(ctx.run, True, *tensors))
-    grads = ops.results_of(ctx.run, False, tensors[8], grads)[:4]
+    tensors = ctx.saved_tensors[: len(_INPUTS)]
+    kept = ctx.saved_tensors[len(_INPUTS) :] or _kept(ops.forward(ctx.run, True, *tensors))
+    grads = ops.results_of(ctx.run, False, tensors[_STEPS], grads)[:4]
     return *_input_gradients(ctx, grads, (*tensors, *kept)), *(None,) * 9
 
 
@@ -151,15 +166,16 @@ class _TransformedSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_input_gradients(ctx, grads[:4], ctx.saved_tensors), None, None, None
+        return *_input_gradients(ctx, grads[:4], ctx.saved_tensors), *(None,) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor | None, ...], Any]:
         *tensors, run, training = args
         dims, size = in_dims[:-2], info.batch_size
-        if any(dim is not None for dim in dims[3:8]):
+        if any(dim is not None for dim in dims[3:_MASK]):
             return _one_by_one(lambda *some: _results(run, training, *some), size, dims, tensors)
-        found = _results(run, training, *_fold(size, tensors, dims, _INPUTS))
+        where = _with_mask(_INPUTS, tensors[_MASK], dims[_MASK])
+        found = _results(run, training, *_fold(size, tensors, dims, where))
         return _unfold(size, found, (*_RESULTS, *_KEPT))
 
 
@@ -171,50 +187,58 @@ class _SequenceGradients(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
         *tensors, run, needs, samples = args
-        return tuple(ops.gradients(run, needs, samples, *tensors))
+        return tuple(_on_kernels(run, needs, samples, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         *tensors, ctx.run, ctx.needs, ctx.samples = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:13])
+        ctx.save_for_backward(*tensors[: 4 + len(_INPUTS)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[:12]) if need]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[: 4 + ops.DIFFERENTIABLE]) if need]
         saved = ctx.saved_tensors
         with _no_autocast(saved[4]):
             found = _vjp(
                 lambda *tensors: _gradients_by_reference(ctx.run, ctx.needs, ctx.samples, *tensors),
                 saved, wanted, grads,
             )  # fmt: skip
-        return *found, *(None,) * 6
+        return *found, *(None,) * (len(_KEPT) + 3)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor | None, ...], Any]:
         *tensors, run, needs, samples = args
         dims, size = in_dims[:-3], info.batch_size
-        if any(dim is not None for dim in dims[7:12]):
+        if any(dim is not None for dim in dims[7 : 4 + _MASK]):
             return _one_by_one(lambda *some: _gradients(run, needs, samples, *some), size, dims, tensors)
-        folded = _fold(size, tensors, dims, (*_RESULTS, *_INPUTS, *_KEPT))
-        return _unfold(size, _gradients(run, needs, size * samples, *folded), _GRADIENTS)
+        inputs = _with_mask(_INPUTS, tensors[4 + _MASK], dims[4 + _MASK])
+        folded = _fold(size, tensors, dims, (*_RESULTS, *inputs, *_KEPT))
+        found = _gradients(run, needs, size * samples, *folded)
+        return _unfold(size, found, (*_GRADIENTS[:-1], inputs[_MASK]))
 
 
-def _kept(output: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """gates, extra, h, from what ops.forward returned."""
-    y, _, _, cells, gates, extra, h = output
-    return gates, cells if extra is None else extra, y if h is None else h
+def _kept(output: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """gates, extra, normed, stats, h, from what ops.forward returned."""
+    y, _, _, cells, gates, extra, normed, stats, h = output
+    return gates, cells if extra is None else extra, normed, stats, y if h is None else h
+
+
+def _with_mask(where: tuple[int | None, ...], mask: Tensor | None, dim: int | None) -> tuple[int | None, ...]:
+    """`where` the batch lies in the inputs, recurrent_mask [B, P] or [G, B, P] among them, which `dim` more vmaps."""
+    dims = 2 if mask is None else mask.dim() - (dim is not None)
+    return tuple(dims - 2 if i == _MASK else at for i, at in enumerate(where))
 
 
 def _input_gradients(
     ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
-    """The gradients by all inputs but steps, from those by y, h_n, c_n, cells and what was saved."""
+    """The gradients by the differentiable inputs, from those by y, h_n, c_n, cells and what was saved."""
     if all(g is None for g in grads):
-        return (None,) * 8
+        return (None,) * ops.DIFFERENTIABLE
     with _no_autocast(saved[0]):
-        found = _gradients(ctx.run, ctx.needs_input_grad[:8], 1, *grads, *saved)
-    return [d if d is None or i < 3 else d.squeeze(0) for i, d in enumerate(found)]
+        found = _gradients(ctx.run, ctx.needs_input_grad[: ops.DIFFERENTIABLE], 1, *grads, *saved)
+    return [d if d is None or i < 3 or i == _MASK else d.squeeze(0) for i, d in enumerate(found)]
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
@@ -261,14 +285,16 @@ def _one_by_one(
 
 def _by_reference(run: Run, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """y, h_n, c_n, cells by `reference`, in fp32 or fp64 inside as on the kernels."""
-    *tensors, steps = tensors
+    *tensors, steps, seed = tensors
     dtype = tensors[0].dtype
     high = torch.promote_types(dtype, torch.float32)
     tensors = [None if t is None else t.to(high) for t in tensors]
     mask, reset = (None, None) if steps is None else ((steps & VALID).bool(), (steps & RESET).bool())
+    b_hh, w_hr = tensors[6:8]
     results = reference.sequence(
-        *tensors, None, mask, reset, spec=run.spec, reverse=run.reverse, return_cells=run.return_cells
-    )
+        *tensors, None, mask, reset, seed, spec=run.spec.of_tensors(b_hh is not None, 0 if w_hr is None else len(w_hr)),
+        reverse=run.reverse, return_cells=run.return_cells,
+    )  # fmt: skip
     return tuple(None if t is None else t.to(dtype) for t in results)
 
 
@@ -282,11 +308,13 @@ def _gradients_by_reference(
         found = _vjp(lambda *inputs: _by_reference(run, *inputs), tensors[4:], wanted, tensors[:4])
         return tuple(d for d in found if d is not None)
 
-    out_dims = tuple(at for at, need in zip(_GRADIENTS, needs, strict=True) if need)
-    found = iter(ops.per_sample(of_one, samples, tensors, (*_RESULTS, *_INPUTS), out_dims))
+    inputs = _with_mask(_INPUTS, tensors[4 + _MASK], None)
+    out_dims = tuple(at for at, need in zip((*_GRADIENTS[:-1], inputs[_MASK]), needs, strict=True) if need)
+    found = iter(per_sample(of_one, samples, tensors, (*_RESULTS, *inputs), out_dims))
     gradients = [next(found) if need else None for need in needs]
-    # By x, h0 and c0 the samples are rows of the batch again.
-    return [d if d is None or i >= 3 else d.reshape(tensors[4 + i].shape) for i, d in enumerate(gradients)]
+    # By x, h0, c0 and the mask the samples are rows of the batch again.
+    of_rows = (0, 1, 2, _MASK)
+    return [d if d is None or i not in of_rows else d.reshape(tensors[4 + i].shape) for i, d in enumerate(gradients)]
 
 
 def _vjp(

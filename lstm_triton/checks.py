@@ -1,4 +1,4 @@
-"""What torch.nn refuses in its recurrent layers and cells, with its exceptions and in its and ATen's words."""
+"""What the layers and cells refuse: what torch.nn does, with its exceptions and in its and ATen's words, and more."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ def check_arguments(
         raise ValueError("proj_size should be a positive integer or zero to disable projections")
     if proj_size >= hidden_size:
         raise ValueError("proj_size has to be smaller than hidden_size")
+
+
+def check_dropouts(recurrent_dropout: float, input_dropout: float, dropout_per_gate: bool) -> None:
+    """ValueError unless they are probabilities, TypeError unless dropout_per_gate is a bool."""
+    for name, p in (("recurrent_dropout", recurrent_dropout), ("input_dropout", input_dropout)):
+        if not isinstance(p, numbers.Real) or isinstance(p, bool) or not 0 <= p <= 1:
+            raise ValueError(f"{name} must be a number in [0, 1], got {p!r}")
+    if type(dropout_per_gate) is not bool:
+        raise TypeError(f"dropout_per_gate must be True or False, got {dropout_per_gate!r}")
 
 
 def refuse_unsupported(layer: str, options: dict[str, object]) -> None:

@@ -1,4 +1,7 @@
-"""Between torch.nn and ours: replace() makes a model's layers ours, to_torch() copies a model with torch.nn's again."""
+"""Between torch.nn and ours: replace() makes a model's layers ours, to_torch() copies a model with torch.nn's again.
+
+weights() and to() are of single layers: between the arrays of other libraries and the tensors of our functions.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .cell_modules import GRUCell, LSTMCell, RNNCell
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, spec_of
+from .weights import to, weights
+
+__all__ = ["replace", "to", "to_torch", "weights"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -168,14 +174,18 @@ def _refuse_options(name: str, layer: nn.Module, plain: nn.Module) -> None:
     parameters = inspect.signature(type(plain)).parameters.values()
     options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _EXECUTION]
     lacking = [
-        f"{option}={getattr(layer, option)!r}"
-        for option in options
-        if getattr(layer, option, None) != getattr(plain, option, None)
+        f"{option}={getattr(layer, option)!r}" for option in options if _meant(layer, option) != _meant(plain, option)
     ]
     if lacking:
         raise ValueError(
             f"{name} cannot be made torch.nn's: torch.nn.{type(plain).__name__} has no {', '.join(lacking)}"
         )
+
+
+def _meant(layer: nn.Module, option: str) -> object:
+    """An option's value, in one of the ways to write it."""
+    spec = spec_of(layer)
+    return getattr(spec, option) if hasattr(spec, option) else getattr(layer, option)
 
 
 def _shared(module: nn.Module) -> dict[int, object]:

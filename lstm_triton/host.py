@@ -5,6 +5,7 @@ What runs where:
     lengths alone               the same on a packed sequence, as torch.nn.utils.rnn packs it; reads the lengths, so
                                 `reference` on the meta device
     mask, reset, return_cells   `reference`, step by step in eager PyTorch
+    any option of the cell      the same, since torch.nn has none of them
     torch.func, forward mode    `reference`: ATen has no batching rules for its layers and no tangents for packing
     torch.compile and export    any of these inside one operator, lstm_triton::host_forward, so that the time loop is
                                 not unrolled and compiled again for every T; its backward runs forward a second time
@@ -26,64 +27,71 @@ from .spec import CellSpec
 from .transforms import forward_mode, refuse_forward_mode, transformed
 
 _TENSORS = (
-    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-    "Tensor? lengths, Tensor? mask, Tensor? reset"
+    "Tensor x, Tensor h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? params, Tensor? recurrent_mask, Tensor? lengths, Tensor? mask, Tensor? reset, Tensor? seed"
 )
-_SETTINGS = "str cell, str activation, bool reverse, bool return_cells"
+#: How many of them have gradients, and come first.
+_DIFFERENTIABLE = 10
+#: cell: CellSpec.untold. Under torch.compile a size that becomes text is a constant from then on.
+_SETTINGS = "str cell, bool reverse, bool return_cells"
 _library = torch.library.Library("lstm_triton", "FRAGMENT")
 _library.define(f"host_forward({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"host_backward(Tensor dy, Tensor dh_n, Tensor? dc_n, Tensor? dcells, {_TENSORS}, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"-> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})"
 )
 
 
 def sequence(
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None, seed: Tensor | None,
     *, spec: CellSpec, reverse: bool, return_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """-> y [T, B, P|H], h_n [B, P|H], c_n [B, H] or None, cells [T, B, H] or None. Shapes, semantics: functional.lstm.
 
+    w_ih None: x is [T, B, G*H], the finished input part of the pre-activations. params [K, H]: what spec.rows names.
     T = 0 raises torch.nn's RuntimeError.
     """
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset)
-    settings = (spec.cell, spec.activation, reverse, return_cells)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, params, recurrent_mask, lengths, mask, reset, seed)
     if not torch.compiler.is_compiling() or transformed() or forward_mode():
-        return _run(*tensors, *settings)
-    y, h_n, c_n, cells = torch.ops.lstm_triton.host_forward(*tensors, *settings)
+        return _run(spec, reverse, return_cells, *tensors)
+    y, h_n, c_n, cells = torch.ops.lstm_triton.host_forward(*tensors, spec.untold, reverse, return_cells)
     return y, h_n, None if c0 is None else c_n, cells if return_cells else None
 
 
 def _run(
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None,
-    cell: str, activation: str, reverse: bool, return_cells: bool,
+    spec: CellSpec, reverse: bool, return_cells: bool,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`sequence`, eagerly."""
     T, B, _ = x.shape
+    of_torch = spec.plain and recurrent_mask is None and w_ih is not None
+    if not of_torch and T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     unreadable = lengths is not None and (lengths.is_meta or isinstance(lengths, FakeTensor))
     stepwise = mask is not None or reset is not None or return_cells or unreadable
     # ATen's layers know neither forward mode nor torch.func.
-    if (stepwise or transformed() or forward_mode()) and T > 0:
-        spec = CellSpec(cell, activation, b_ih is not None, 0 if w_hr is None else w_hr.shape[0])
+    if not of_torch or ((stepwise or transformed() or forward_mode()) and T > 0):
         return reference.sequence(
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, mask, reset,
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, params, recurrent_mask, lengths, mask, reset, seed,
             spec=spec, reverse=reverse, return_cells=return_cells,
         )  # fmt: skip
     states = [h0] if c0 is None else [h0, c0]
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
     # Packing refuses an empty batch, whose lengths say nothing anyway.
     if lengths is not None and T > 0 and B > 0:
-        y, *last = _run_packed(cell, activation, x, states, weights, lengths, reverse)
+        y, *last = _run_packed(spec, x, states, weights, lengths, reverse)
     else:
-        y, *last = _layer(cell, activation, (x.flip(0) if reverse else x,), states, weights)
+        y, *last = _layer(spec, (x.flip(0) if reverse else x,), states, weights)
         y = y.flip(0) if reverse else y
     return (y, *last, None, None)[:4]
 
 
 def _run_packed(
-    cell: str, activation: str, x: Tensor, states: list[Tensor], weights: list[Tensor], lengths: Tensor, reverse: bool
+    spec: CellSpec, x: Tensor, states: list[Tensor], weights: list[Tensor], lengths: Tensor, reverse: bool
 ) -> tuple[Tensor, ...]:
     """-> y [T, B, P|H] and the last states."""
     T = x.shape[0]
@@ -98,7 +106,7 @@ def _run_packed(
     x = x.masked_fill(unused, 0)
     packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
     ordered = [s.masked_fill(unused, 0)[packed.sorted_indices] for s in states]
-    data, *last = _layer(cell, activation, packed[:2], ordered, weights)
+    data, *last = _layer(spec, packed[:2], ordered, weights)
     y, _ = pad_packed_sequence(PackedSequence(data, *packed[1:]), total_length=T)
     y = y.masked_fill(unused, 0)
     if reverse:
@@ -107,18 +115,27 @@ def _run_packed(
 
 
 def _layer(
-    cell: str, activation: str, inputs: tuple[Tensor, ...], states: list[Tensor], weights: list[Tensor]
+    spec: CellSpec, inputs: tuple[Tensor, ...], states: list[Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, ...]:
     """ATen's layer on x [T, B, I], or on packed data and batch sizes -> outputs, last states."""
     # biases, layers, dropout, training, bidirectional, and without packing batch_first
     settings = (len(weights) >= 4, 1, 0.0, False, False, *([False] if len(inputs) == 1 else []))
     initial = [s[None] for s in states]
-    if cell == "lstm":
+    if spec.cell == "lstm":
         y, *last = torch.lstm(*inputs, initial, weights, *settings)
     else:
-        function = {"gru": torch.gru, "rnn": torch.rnn_relu if activation == "relu" else torch.rnn_tanh}[cell]
+        rnn = torch.rnn_relu if spec.activation == "relu" else torch.rnn_tanh
+        function = {"gru": torch.gru, "rnn": rnn}[spec.cell]
         y, *last = function(*inputs, *initial, weights, *settings)
     return y, *(s[0] for s in last)
+
+
+def _run_operator(*args: Any) -> tuple[Tensor | None, ...]:
+    """`_run` of what the operators take."""
+    *tensors, cell, reverse, return_cells = args
+    b_hh, w_hr = tensors[6:8]
+    spec = CellSpec.parse(cell).of_tensors(bias=b_hh is not None, proj=0 if w_hr is None else w_hr.shape[0])
+    return _run(spec, reverse, return_cells, *tensors)
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -126,14 +143,11 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     refuse_forward_mode()
     x = args[0]
     with torch.no_grad():
-        return tuple(x.new_empty(0) if t is None else t.contiguous() for t in _run(*args))
+        return tuple(x.new_empty(0) if t is None else t.contiguous() for t in _run_operator(*args))
 
 
-def _fake_forward(
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None,
-    cell: str, activation: str, reverse: bool, return_cells: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake_forward(x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return_cells = rest[-1]
     T = x.shape[0]
     return (
         x.new_empty(T, *h0.shape),
@@ -146,11 +160,11 @@ def _fake_forward(
 def _backward(
     dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, dcells: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients by x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, empty for those that are None. Runs forward again."""
-    tensors, rest = args[:8], args[8:]
+    """The gradients by all up to recurrent_mask, empty for those that are None. Runs forward again."""
+    tensors, rest = args[:_DIFFERENTIABLE], args[_DIFFERENTIABLE:]
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     with _recording():
-        outputs = _run(*leaves, *rest)
+        outputs = _run_operator(*leaves, *rest)
     found = iter(_vjp(outputs, leaves, (dy, dh_n, dc_n, dcells), create_graph=False))
     # Copies: an operator's results must not share memory with each other or its arguments, as autograd's may.
     return tuple(
@@ -188,25 +202,26 @@ def _recording() -> Iterator[None]:
 def _fake_backward(
     dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, dcells: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return tuple(dy.new_empty(0 if t is None else t.shape) for t in args[:8])
+    return tuple(dy.new_empty(0 if t is None else t.shape) for t in args[:_DIFFERENTIABLE])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, cell, activation, reverse, return_cells = inputs
-    ctx.settings = (cell, activation, reverse, return_cells)
+    *tensors, cell, reverse, return_cells = inputs
+    ctx.settings = (cell, reverse, return_cells)
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, dcells: Tensor) -> tuple[Tensor | None, ...]:
     tensors, (*_, return_cells) = ctx.saved_tensors, ctx.settings
+    inputs = tensors[:_DIFFERENTIABLE]
     grads = (dy, dh_n, None if tensors[2] is None else dc_n, dcells if return_cells else None)
     if torch.is_grad_enabled():  # for derivatives of the gradients, which the operator has none of
-        found = iter(_vjp(_run(*tensors, *ctx.settings), tensors[:8], grads, create_graph=True))
-        by_tensor = [next(found) if t is not None and t.requires_grad else None for t in tensors[:8]]
+        found = iter(_vjp(_run_operator(*tensors, *ctx.settings), inputs, grads, create_graph=True))
+        by_tensor = [next(found) if t is not None and t.requires_grad else None for t in inputs]
     else:
         found = torch.ops.lstm_triton.host_backward(*grads, *tensors, *ctx.settings)
-        by_tensor = [None if t is None else d for t, d in zip(tensors[:8], found, strict=True)]
-    return *by_tensor, *(None,) * 7
+        by_tensor = [None if t is None else d for t, d in zip(inputs, found, strict=True)]
+    return *by_tensor, *(None,) * (len(tensors) - len(inputs) + len(ctx.settings))
 
 
 for _name, _function, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):

@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from .devices import INTERPRETER, Device, device_like
 from .kernels import cells, sequence, sync
 from .plans import KernelPlan, LaunchPlan
-from .spec import CellSpec
+from .spec import EPSILON, CellSpec, activation_of
 
 #: True where TRITON_INTERPRET=1 was set when triton was imported: kernels run on the CPU, one program after another.
 INTERPRETED = isinstance(sequence.sequence_forward, InterpretedFunction)
@@ -34,23 +33,56 @@ _one_at_a_time: AbstractContextManager = threading.Lock() if INTERPRETED else co
 _STATES_CONSTANTS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """What the kernels need to know of a cell, beyond its two functions."""
+class Options(NamedTuple):
+    """O of the kernels: what a cell's functions and the sequence kernels have to know of a CellSpec."""
+
+    has_c: bool  # a cell state beside h
+    activation: tuple[str, float, float]
+    recurrent: tuple[str, float, float]
+    output: tuple[str, float, float]
+    g: int  # where the LSTM's gate g stands; o comes after it
+    peephole: bool
+    coupled: bool
+    cell_clip: float | None
+    gate_clip: float | None
+    projected: bool
+    reset_before: bool
+    two_products: bool  # either of these two
+    preactivations: bool  # gates are kept before their activation
+    keep_gates: bool  # gates are kept at all
+    remake_cell: bool  # backward computes c[t] again, since the state is something else
+    norm: bool
+    norm_row: int  # the first row of params that is layer normalisation's
+    epsilon: float
+    params: int  # rows of params
+    dparams: int  # of which there are gradients; with norm, those by b_hh come after
+    masks: int  # by which h[t-1] is multiplied: none, one, or one a gate
+    zone_h: tuple[float, int]  # zoneout's probability, and of 2^24
+    zone_state: tuple[float, int]  # of the state: c, or h
+    random: bool  # zoneout draws; else it takes the mean
+    h_slot: int  # of a cell's slots the first of those by the recurrent product
+
+
+class _Cell(NamedTuple):
+    """A cell's functions, see kernels/cells.py."""
 
     forward: Any
+    output: Any
+    backward_output: Any
+    candidate: Any
     backward: Any
-    slots: int  # D: gradients stored for each hidden unit
-    h_slot: int  # where those by the recurrent product begin
-    save_gates: bool  # backward reads the activated gates
-    save_extra: bool  # and one more tile a unit
 
 
 _CELLS = {
-    ("lstm", "tanh"): _Cell(cells.lstm_forward, cells.lstm_backward, 4, 0, True, True),
-    ("gru", "tanh"): _Cell(cells.gru_forward, cells.gru_backward, 4, 1, True, True),
-    ("rnn", "tanh"): _Cell(cells.rnn_tanh_forward, cells.rnn_tanh_backward, 1, 0, False, False),
-    ("rnn", "relu"): _Cell(cells.rnn_relu_forward, cells.rnn_relu_backward, 1, 0, False, False),
+    "lstm": _Cell(
+        cells.lstm_forward, cells.lstm_output, cells.lstm_backward_output, cells.lstm_candidate, cells.lstm_backward
+    ),
+    "gru": _Cell(
+        cells.gru_forward, cells.same_output, cells.same_backward_output, cells.same_candidate, cells.gru_backward
+    ),
+    "rnn": _Cell(
+        cells.rnn_forward, cells.same_output, cells.same_backward_output, cells.same_candidate, cells.rnn_backward
+    ),
 }
 _TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -62,14 +94,49 @@ _TRITON_DTYPES = {
 
 def slots(spec: CellSpec) -> tuple[int, int]:
     """D and the first recurrent slot: the layout of what `backward` returns."""
-    cell = _CELLS[spec.cell, spec.activation]
-    return cell.slots, cell.h_slot
+    if spec.layer_norm:  # those by the recurrent product go through the normalisation
+        return 2 * spec.gates, spec.gates
+    return (4, 1) if spec.cell == "gru" and spec.reset_after else (spec.gates, 0)
 
 
 def saves(spec: CellSpec) -> tuple[bool, bool]:
-    """Whether training keeps the activated gates [T, B, G*H] and the extra tile [T, B, H]."""
-    cell = _CELLS[spec.cell, spec.activation]
-    return cell.save_gates, cell.save_extra
+    """Whether training keeps the gates [T, B, G*H] and the extra tile [T, B, H]."""
+    variant = spec.keeps_preactivations or spec.gate_clip is not None or spec.layer_norm or spec.zoneout[0] > 0
+    gates = spec.cell != "rnn" or variant
+    return gates, spec.cell == "lstm" or (spec.cell == "gru" and spec.reset_after)
+
+
+def options(spec: CellSpec, masks: int, random: bool) -> Options:
+    """What the kernels are told. masks: by how many h[t-1] is multiplied. random: zoneout has a seed."""
+    lstm, rows = spec.cell == "lstm", len(spec.rows)
+    zone_h, zone_c = ((p, round(p * 2**24)) for p in spec.zoneout)
+    return Options(
+        has_c=lstm,
+        activation=activation_of(spec.activation),
+        recurrent=activation_of(spec.recurrent_activation),
+        output=activation_of(spec.output_phi),
+        g=1 if spec.coupled else 2,
+        peephole=spec.peephole,
+        coupled=spec.coupled,
+        cell_clip=spec.cell_clip,
+        gate_clip=spec.gate_clip,
+        projected=spec.proj > 0,
+        reset_before=not spec.reset_after,
+        two_products=spec.two_products,
+        preactivations=spec.keeps_preactivations,
+        keep_gates=saves(spec)[0],
+        remake_cell=spec.remakes_cell,
+        norm=spec.layer_norm,
+        norm_row=len(spec.peepholes),
+        epsilon=EPSILON,
+        params=rows,
+        dparams=rows + spec.gates * spec.layer_norm,
+        masks=masks,
+        zone_h=zone_h,
+        zone_state=zone_c if lstm else zone_h,
+        random=random and spec.zoneout != (0.0, 0.0),
+        h_slot=1 if spec.cell == "gru" and spec.reset_after else 0,
+    )
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -100,7 +167,8 @@ class Forward(NamedTuple):
     h: Tensor  # [T, B, P] after each step; where a step does not count, as it was before
     state: Tensor  # [B, H] after the last step, in fp32 or fp64: c for the LSTM, h for the others
     extra: Tensor | None  # [T, B, H] what else backward reads: c of the LSTM, W_hn h[t-1] + b_hn of the GRU
-    r: Tensor | None  # [T, B, H] what was projected
+    normed: Tensor | None  # [T, B, G*H] the recurrent product, normalised
+    stats: Tensor | None  # [T, B, 4] mean and 1 / standard deviation of the recurrent product, and of c
 
 
 class Backward(NamedTuple):
@@ -121,33 +189,45 @@ def forward(
     c0: Tensor | None,
     *,
     w_hr: Tensor | None = None,
+    params: Tensor | None = None,
+    mask: Tensor | None = None,
     steps: Tensor | None = None,
+    seed: Tensor | None = None,
     reverse: bool,
     training: bool,
     save_states: bool = False,
 ) -> Forward:
-    """Run the forward kernel. gates [T, B, G*H] holds the input product; in training it comes back activated.
+    """Run the forward kernel. gates [T, B, G*H] holds the input product; in training it comes back as backward reads it.
 
-    steps [T, B] says which steps count and which begin anew (spec.VALID, spec.RESET). save_states asks for c, where the
-    cell has one, outside training as well.
+    params [K, H]: the rows that spec.rows names. mask [plan.masks, B, P]: what h[t-1] is multiplied by. steps [T, B]
+    says which steps count and which begin anew (spec.VALID, spec.RESET). seed [1] int64: zoneout draws. save_states
+    asks for c, where the cell has one, outside training as well.
     """
     T, B, _ = gates.shape
-    cell = _CELLS[plan.spec.cell, plan.spec.activation]
-    save_extra = (training and cell.save_extra) or (save_states and c0 is not None)
+    spec, kernel = plan.spec, plan.forward
+    save_gates, save_extra = saves(spec)
+    save_extra = (training and save_extra) or (save_states and c0 is not None)
+    save_norm = training and spec.layer_norm
+    high = _accumulator(gates.dtype)
     h = gates.new_empty(T, B, w_hh.shape[1])
     extra = gates.new_empty(T, B, plan.H) if save_extra else None
-    r = None if w_hr is None else gates.new_empty(T, B, plan.H)
+    rows = gates.new_empty(T, B, plan.H) if spec.two_products else None
+    normed = gates.new_empty(gates.shape) if save_norm else None
+    stats = gates.new_empty(T, B, 4, dtype=high) if save_norm else None
     # A copy even where the dtype fits: the kernel updates it.
-    state = (h0 if c0 is None else c0).to(_accumulator(gates.dtype), memory_format=torch.contiguous_format, copy=True)
+    state = (h0 if c0 is None else c0).to(high, memory_format=torch.contiguous_format, copy=True)
     flags = {"REVERSE": reverse, "MASKED": steps is not None, "SAVE_EXTRA": save_extra}
-    constants = _constants(plan, plan.forward, training) | flags
-    tensors = (gates, w_hh, b_hh, w_hr, steps, h0, h, state, extra, r)
-    with _synchronisation(plan.forward, gates) as waiting:
-        for first, count in _launches(plan.forward, T):
+    constants = _constants(plan, kernel, training, seed is not None) | flags
+    tensors = (
+        gates, w_hh, b_hh, w_hr, params, mask, steps, seed if constants["O"].random else None, h0, h, state, extra,
+        rows, _dropped(plan, h, h0, mask, reverse), normed, stats, *_exchange(plan, kernel, gates),
+    )  # fmt: skip
+    with _synchronisation(kernel, gates) as waiting:
+        for first, count in _launches(kernel, T):
             start = T - 1 - first if reverse else first
             sizes = (count, B, start, int(first > 0))
-            _run(sequence.sequence_forward, plan.forward, (*tensors, *waiting), sizes, constants)
-    return Forward(h, state, extra, r)
+            _run(sequence.sequence_forward, kernel, (*tensors, *waiting), sizes, constants)
+    return Forward(h, state, extra, normed, stats)
 
 
 def backward(
@@ -155,36 +235,67 @@ def backward(
     dy: Tensor,
     dh_n: Tensor,
     dstate_n: Tensor,
+    dparams: Tensor | None,
     gates: Tensor | None,
     states: Tensor,
     state0: Tensor,
     extra: Tensor | None,
     w_hh: Tensor,
     *,
+    normed: Tensor | None = None,
+    stats: Tensor | None = None,
     w_hr: Tensor | None = None,
+    params: Tensor | None = None,
+    mask: Tensor | None = None,
     steps: Tensor | None = None,
+    seed: Tensor | None = None,
     dcells: Tensor | None = None,
     reverse: bool,
+    first_step: int = 0,
 ) -> Backward:
     """Run the backward kernel (back-propagation through time).
 
     dy [T, B, P] and, by the state after each step, dcells [T, B, H], both 0 where a step does not count; dh_n [B, P],
-    dstate_n [B, H] in the accumulator's dtype, overwritten; gates and extra as `forward` left them; states [T, B, H]
-    the state after each step and state0 [B, H] before the first.
+    dstate_n [B, H] in the accumulator's dtype, overwritten; dparams [B, options.dparams, H], likewise, to be added to;
+    gates, extra, normed and stats as `forward` left them; states [T, B, H] the state after each step and state0 [B, H]
+    before the first. first_step: where these steps begin in the whole sequence, which zoneout's draws go by.
     """
     T, B, _ = dy.shape
-    cell = _CELLS[plan.spec.cell, plan.spec.activation]
-    da = dy.new_empty(T, B, cell.slots * plan.H)
+    kernel = plan.backward
+    da = dy.new_empty(T, B, slots(plan.spec)[0] * plan.H)
     dh_all = None if w_hr is None else dy.new_empty(dy.shape)
     flags = {"REVERSE": reverse, "MASKED": steps is not None, "HAS_DCELLS": dcells is not None}
-    constants = _constants(plan, plan.backward, True) | flags
-    tensors = (dy, dcells, gates, states, state0, extra, w_hh, w_hr, steps, da, dh_all, dh_n, dstate_n)
-    with _synchronisation(plan.backward, dy) as waiting:
-        for first, count in _launches(plan.backward, T):
+    constants = _constants(plan, kernel, True, seed is not None) | flags
+    tensors = (
+        dy, dcells, gates, states, state0, extra, normed, stats, w_hh, w_hr, params, mask, steps,
+        seed if constants["O"].random else None, da, dh_all, dh_n, dstate_n, dparams, *_exchange(plan, kernel, dy),
+    )  # fmt: skip
+    with _synchronisation(kernel, dy) as waiting:
+        for first, count in _launches(kernel, T):
             start = first if reverse else T - 1 - first
-            sizes = (count, B, start, int(first > 0), int(first + count == T))
-            _run(sequence.sequence_backward, plan.backward, (*tensors, *waiting), sizes, constants)
+            sizes = (count, B, start, first_step, int(first > 0), int(first + count == T))
+            _run(sequence.sequence_backward, kernel, (*tensors, *waiting), sizes, constants)
     return Backward(da, dh_n, dstate_n, dh_all)
+
+
+def _dropped(plan: LaunchPlan, h: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool) -> Tensor | None:
+    """Room for h[t] times the masks, with that of h0 before the first step: [T + 1, B, masks * P]."""
+    if mask is None or plan.forward.engine == "local":
+        return None
+    T, B, P = h.shape
+    rows = h.new_empty(T + 1, B, len(mask) * P)
+    rows[T if reverse else 0] = (h0 * mask).transpose(0, 1).reshape(B, -1)
+    return rows
+
+
+def _exchange(plan: LaunchPlan, kernel: KernelPlan, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where programs send one another the sums of a row, and a launch leaves tiles for the next one."""
+    if not plan.spec.layer_norm or kernel.engine == "local":
+        return None, None
+    B, high = like.shape[1], _accumulator(like.dtype)
+    sums = like.new_empty(4, B, kernel.n_h, 2, dtype=high)
+    handed_over = kernel.engine == "step"
+    return sums, like.new_empty(B, (plan.spec.gates + 2) * plan.H, dtype=high) if handed_over else None
 
 
 def compile_ahead(
@@ -195,38 +306,53 @@ def compile_ahead(
     reverse: bool = False,
     masked: bool = False,
     cells: bool = False,
+    random: bool = False,
     part: int = 0,
 ) -> Any:
     """Compile one kernel of `plan` for plan.device, which need not be there; returns triton's CompiledKernel.
 
-    masked: with step flags. cells: with every c[t] among the results. part: which of a step's two products, where the
-    step engine projects. Exactly what a launch would compile: the same source, constants and options. Not under
-    TRITON_INTERPRET=1.
+    masked: with step flags. cells: with every c[t] among the results. random: zoneout draws. part: which of a step's
+    launches, where the step engine needs several. Exactly what a launch would compile: the same source, constants and
+    options. Not under TRITON_INTERPRET=1.
     """
     kernel_plan: KernelPlan = getattr(plan, direction)
     kernel = sequence.sequence_forward if direction == "forward" else sequence.sequence_backward
-    constants = _constants(plan, kernel_plan, training) | {"REVERSE": reverse, "MASKED": masked}
+    constants = _constants(plan, kernel_plan, training, random) | {"REVERSE": reverse, "MASKED": masked}
     if direction == "forward":
         constants["SAVE_EXTRA"] |= cells
     else:
         constants["HAS_DCELLS"] = cells
-    types = {"counter_ptr": "i32", "error_ptr": "i32", "steps_ptr": "u8"}
-    types |= dict.fromkeys(("state_ptr", "dh_ptr", "dstate_ptr"), str(_TRITON_DTYPES[_accumulator(plan.dtype)]))
+    O: Options = constants["O"]  # noqa: E741
+    high = str(_TRITON_DTYPES[_accumulator(plan.dtype)])
+    types = {"counter_ptr": "i32", "error_ptr": "i32", "steps_ptr": "u8", "seed_ptr": "i64"}
+    in_high = ("state_ptr", "dh_ptr", "dstate_ptr", "stats_ptr", "sums_ptr", "scratch_ptr", "dparams_ptr")
+    types |= dict.fromkeys(in_high, high)
     types = {name: types.get(name, str(_TRITON_DTYPES[plan.dtype])) for name in kernel.arg_names}
+    forward = direction == "forward"
+    local, saved = constants["LOCAL"], constants["SAVE_GATES"] or not forward
     absent = {
-        "b_hh_ptr": direction == "forward" and not constants["HAS_BIAS"],
-        "w_hr_ptr": not constants["PROJECTED"],
+        "b_hh_ptr": forward and not constants["HAS_BIAS"],
+        "w_hr_ptr": not O.projected,
+        "params_ptr": not O.params,
+        "mask_ptr": not O.masks,
         "steps_ptr": not constants["MASKED"],
-        "r_ptr": not constants["PROJECTED"],
-        "dh_all_ptr": not constants["PROJECTED"],
-        "dcells_ptr": direction == "backward" and not constants["HAS_DCELLS"],
+        "seed_ptr": not O.random,
+        "r_ptr": not O.two_products,
+        "drop_ptr": not O.masks or local,
+        "normed_ptr": not (O.norm and saved),
+        "stats_ptr": not (O.norm and saved),
+        "sums_ptr": not O.norm or local,
+        "scratch_ptr": not O.norm or kernel_plan.engine != "step",
+        "dh_all_ptr": not O.projected,
+        "dparams_ptr": not O.dparams,
+        "dcells_ptr": not forward and not constants["HAS_DCELLS"],
         "extra_ptr": not constants["SAVE_EXTRA"],
-        "gates_ptr": direction == "backward" and not constants["SAVE_GATES"],
+        "gates_ptr": not forward and not constants["SAVE_GATES"],
         "counter_ptr": not constants["SYNC"],
         "error_ptr": not constants["SYNC"],
     }
     constants |= dict.fromkeys(name for name in kernel.arg_names if absent.get(name))
-    constants |= _products(kernel_plan, constants)[part]
+    constants |= parts(kernel_plan, O)[part]
     return compile_kernel(kernel, types, constants, plan.device.capability, _options(kernel_plan))
 
 
@@ -256,12 +382,14 @@ def compile_kernel(
     return triton.compile(source, target=target, options=dict(options))
 
 
-def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str, Any]:
+def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool, random: bool = False) -> dict[str, Any]:
     """The kernel's constexpr arguments, apart from those of one call: REVERSE, MASKED and the like."""
     spec = plan.spec
-    cell = _CELLS[spec.cell, spec.activation]
+    cell = _CELLS[spec.cell]
+    save_gates, save_extra = saves(spec)
     storage = _TRITON_DTYPES[plan.dtype]
     constants: dict[str, Any] = {
+        "O": options(spec, plan.masks, random),
         "G": spec.gates,
         "H": plan.H,
         "P": spec.output(plan.H),
@@ -270,6 +398,7 @@ def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str
         "TILES": kernel.tiles,
         "TILES_P": kernel.tiles_p,
         "N_H": kernel.n_h,
+        "MEMBERS": 1 << (kernel.n_h - 1).bit_length(),
         "BLOCK_K": kernel.block_k,
         "BLOCK_K_R": kernel.block_k_r,
         "SPLIT_K": kernel.split_k,
@@ -278,9 +407,8 @@ def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str
         "LOCAL": kernel.engine == "local",
         "SYNC": kernel.synchronised,
         "RESIDENT": kernel.resident,
-        "PROJECTED": spec.proj > 0,
-        "SAVE_GATES": training and cell.save_gates,
-        "SAVE_EXTRA": training and cell.save_extra,
+        "SAVE_GATES": training and save_gates,
+        "SAVE_EXTRA": training and save_extra,
         # bf16 arithmetic is broken in the interpreter: multiply in fp32 there, which is exact for bf16 operands.
         "DOT": tl.float32 if INTERPRETED and storage == tl.bfloat16 else storage,
         "ACC": _TRITON_DTYPES[_accumulator(plan.dtype)],
@@ -288,9 +416,12 @@ def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool) -> dict[str
         "POLLS": POLLS,
     }
     if kernel.direction == "forward":
-        lanes = 1 << (spec.gates - 1).bit_length()
-        return constants | {"CELL": cell.forward, "LANES": lanes, "HAS_BIAS": spec.bias}
-    return constants | {"CELL": cell.backward, "D": cell.slots, "H_SLOT": cell.h_slot}
+        lanes = 1 << (spec.gates - (0 if spec.reset_after else 1) - 1).bit_length()
+        functions = {"CELL": cell.forward, "OUTPUT": cell.output}
+        return constants | functions | {"LANES": lanes, "HAS_BIAS": spec.bias}
+    D, h_slot = slots(spec)
+    functions = {"CELL": cell.backward, "OUTPUT": cell.backward_output, "MADE": cell.candidate}
+    return constants | functions | {"D": D, "H_SLOT": h_slot}
 
 
 def _options(kernel: KernelPlan) -> dict[str, Any]:
@@ -316,11 +447,22 @@ def _launches(kernel: KernelPlan, T: int) -> Iterator[tuple[int, int]]:
         yield 0, T
 
 
-def _products(plan: KernelPlan, constants: Mapping[str, Any]) -> tuple[dict[str, bool], ...]:
-    """Which of a step's products each launch does: all in one, but where programs cannot wait between two of them."""
-    if constants["PROJECTED"] and plan.engine == "step":
-        return {"FIRST": True, "SECOND": False}, {"FIRST": False, "SECOND": True}
-    return ({"FIRST": True, "SECOND": True},)
+def parts(plan: KernelPlan, O: Options) -> list[dict[str, bool]]:  # noqa: E741
+    """Which parts of a step each launch does: all in one, but where programs cannot wait between two of them."""
+    names = ("PRODUCT", "CELLS", "OUTPUTS", "SECOND")
+    if plan.engine != "step":
+        launches = [names]
+    elif plan.direction == "forward":
+        launches = [["PRODUCT"]]
+        for name, apart in (("CELLS", O.norm), ("OUTPUTS", O.norm and O.has_c), ("SECOND", O.two_products)):
+            launches += [[]] if apart else []
+            launches[-1].append(name)
+    else:
+        launches = [["PRODUCT"]]
+        for name, apart in (("SECOND", O.two_products), ("CELLS", O.norm and O.has_c), ("OUTPUTS", O.norm)):
+            launches += [[]] if apart else []
+            launches[-1].append(name)
+    return [{name: name in launch for name in names} for launch in launches]
 
 
 def _run(
@@ -331,10 +473,10 @@ def _run(
     constants: dict[str, Any],
 ) -> None:
     with _one_at_a_time:
-        for products in _products(plan, constants):
+        for part in parts(plan, constants["O"]):
             for first_group in range(0, plan.n_b, plan.groups_at_once):
                 groups = min(plan.groups_at_once, plan.n_b - first_group)
-                kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **products, **_options(plan))
+                kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **part, **_options(plan))
 
 
 @contextlib.contextmanager

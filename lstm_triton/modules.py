@@ -14,9 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
-from .checks import autocasts, check_arguments, check_attributes, refuse_unsupported
+from .checks import autocasts, check_arguments, check_attributes, check_dropouts, refuse_unsupported
 from .ragged import Packing, Steps, batch_of_one, packing_of
-from .spec import Activation, CellSpec, refuse_later_options
+from .spec import EPSILON, Activation, CellSpec, activation_of, zoneout_of
 
 Device = torch.device | str | int | None
 #: The initial or final state as the layers take and return it: of LSTM the pair (h, c).
@@ -24,6 +24,25 @@ State = Tensor | tuple[Tensor, Tensor]
 
 #: torch.nn's names of a layer's parameters, by the functions' names of them.
 PARAMETER_NAMES = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh", "w_hr": "weight_hr"}
+
+#: Options that change what a layer computes, by their defaults. Those from recurrent_dropout on are the layers' alone,
+#: the others the cell's, under their names in CellSpec.
+OPTIONS: dict[str, object] = {
+    "peephole": False,
+    "coupled": False,
+    "cell_clip": None,
+    "output_activation": None,
+    "reset_after": True,
+    "activation": "tanh",
+    "recurrent_activation": "sigmoid",
+    "layer_norm": False,
+    "zoneout": 0.0,
+    "gate_clip": None,
+    "recurrent_dropout": 0.0,
+    "input_dropout": 0.0,
+    "dropout_per_gate": False,
+}
+_OF_THE_CELL = tuple(OPTIONS)[:-3]
 
 
 class RNNBase(nn.Module):
@@ -38,18 +57,23 @@ class RNNBase(nn.Module):
         weight_hh_lk: [G*H, P].
         bias_ih_lk, bias_hh_lk: [G*H], absent with bias=False.
         weight_hr_lk: [P, H], present with proj_size.
-    All are drawn from U(-1/sqrt(H), 1/sqrt(H)), in this order, as torch.nn does.
+        weight_ci_lk, weight_cf_lk, weight_co_lk: [H], present with peephole; without weight_cf_lk if coupled.
+    All are drawn from U(-1/sqrt(H), 1/sqrt(H)), in this order, as torch.nn does. With layer_norm there are also modules
+        norm_ih_lk, norm_hh_lk: torch.nn.LayerNorm(G*H), norm_c_lk: torch.nn.LayerNorm(H), of LSTM;
+    of which weight and bias are read, ones and zeros to begin with.
     """
 
     cell: ClassVar[str]
     states: ClassVar[int] = 1
+    # of OPTIONS, those that the function of the cell takes
+    told: ClassVar[tuple[str, ...]]
     # torch.nn words this one error differently for each layer
     input_dim_error: ClassVar[str]
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float,
-        bidirectional: bool, proj_size: int, device: Device, dtype: torch.dtype | None, activation: Activation,
-        memory: str, engine: str, later: dict[str, object],
+        bidirectional: bool, proj_size: int, device: Device, dtype: torch.dtype | None, memory: str, engine: str,
+        options: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
         self.input_size = input_size
@@ -60,32 +84,47 @@ class RNNBase(nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
-        self.activation = activation
         self.memory = memory
         self.engine = engine
+        for name, value in options.items():
+            setattr(self, name, value)
         check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
-        refuse_later_options(**later)
+        check_dropouts(self.recurrent_dropout, self.input_dropout, self.dropout_per_gate)
         functional.check_engine(engine)
         functional.check_memory(memory)
 
-        spec = CellSpec(self.cell, activation=activation, bias=bias, proj=proj_size)
-        self._arguments = tuple(spec.parameters(input_size, hidden_size))
+        spec = spec_of(self)
+        G, H = spec.gates, hidden_size
+        norms = {"norm_ih": G * H, "norm_hh": G * H, "norm_c": H} if spec.layer_norm else {}
+        if self.cell != "lstm":
+            norms.pop("norm_c", None)
+        self._arguments = tuple(name for name in spec.parameters(input_size, H) if name != "peephole")
         suffixes = ("", "_reverse") if bidirectional else ("",)
         self._all_weights = []
+        self._all_norms = []
         for layer in range(num_layers):
-            inputs = input_size if layer == 0 else len(suffixes) * spec.output(hidden_size)
-            shapes = spec.parameters(inputs, hidden_size)
-            for suffix in suffixes:
-                names = [f"{PARAMETER_NAMES[argument]}_l{layer}{suffix}" for argument in self._arguments]
-                for name, shape in zip(names, shapes.values(), strict=True):
+            inputs = input_size if layer == 0 else len(suffixes) * spec.output(H)
+            shapes = spec.parameters(inputs, H)
+            for suffix in (f"_l{layer}{direction}" for direction in suffixes):
+                weights = {PARAMETER_NAMES[argument] + suffix: shapes[argument] for argument in self._arguments}
+                weights |= {f"weight_c{gate}{suffix}": (H,) for gate in spec.peepholes}
+                for name, shape in weights.items():
                     setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-                self._all_weights.append(names)
+                for norm, columns in norms.items():
+                    setattr(self, norm + suffix, nn.LayerNorm(columns, EPSILON, device=device, dtype=dtype))
+                self._all_weights.append(list(weights))
+                self._all_norms.append({norm: norm + suffix for norm in norms})
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = 1.0 / math.sqrt(self.hidden_size)
+        norms = [getattr(self, name) for names in self._all_norms for name in names.values()]
+        of_norms = {id(parameter) for norm in norms for parameter in norm.parameters()}
         for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
+            if id(weight) not in of_norms:
+                nn.init.uniform_(weight, -bound, bound)
+        for norm in norms:
+            norm.reset_parameters()
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each parameter where it is."""
@@ -97,7 +136,7 @@ class RNNBase(nn.Module):
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
-        """The parameters as they are now, a list for each layer and direction."""
+        """The parameters as they are now, a list for each layer and direction; those of layer_norm are not in it."""
         return self._read_weights()
 
     def _read_weights(self) -> list[list[Tensor]]:
@@ -198,7 +237,8 @@ class RNNBase(nn.Module):
         return_cells a list of the last layer's cells [T, B, D*H].
         """
         run = getattr(functional, self.cell)
-        options = {"activation": self.activation, "memory": self.memory, "engine": self.engine, **steps}
+        options = {name: getattr(self, name) for name in self.told}
+        options |= {"memory": self.memory, "engine": self.engine, **steps}
         # one initial state for each layer and direction
         initial = list(zip(*(s.unbind(0) for s in state), strict=True)) or [(None,) * self.states] * len(weights)
         directions = 2 if self.bidirectional else 1
@@ -215,8 +255,9 @@ class RNNBase(nn.Module):
             outputs, cells = [], []
             for direction in range(directions):
                 k = layer * directions + direction
-                parameters = dict(zip(self._arguments, weights[k], strict=True))
-                y, *rest = run(x, *initial[k], **parameters, reverse=direction == 1, **options)
+                parameters = self._parameters_of(k, weights[k])
+                drawn = self._draw(x, parameters) if self.training else {}
+                y, *rest = run(x, *initial[k], **parameters, **drawn, reverse=direction == 1, **options)
                 outputs.append(y)
                 finals.append(rest[: self.states])
                 cells += rest[self.states :]
@@ -226,6 +267,34 @@ class RNNBase(nn.Module):
                 x = F.dropout(x if packing is None else packing.pack(x), self.dropout)
                 x = x if packing is None else packing.pad(x)
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True)), [_concatenate(cells)] if cells else []
+
+    def _parameters_of(self, k: int, weights: list[Tensor]) -> dict[str, Any]:
+        """Of one layer and direction, as the functions call them."""
+        own, peepholes = weights[: len(self._arguments)], weights[len(self._arguments) :]
+        parameters: dict[str, Any] = dict(zip(self._arguments, own, strict=True))
+        if peepholes:
+            parameters["peephole"] = torch.stack(peepholes)
+        for argument, name in self._all_norms[k].items():
+            norm = getattr(self, name)
+            parameters[argument] = (norm.weight, norm.bias)
+        return parameters
+
+    def _draw(self, x: Tensor, parameters: dict[str, Any]) -> dict[str, Tensor]:
+        """What training draws anew for each layer and direction of each call on x [T, B, I]: masks, zoneout's seed."""
+        drawn: dict[str, Tensor] = {}
+        if not (self.input_dropout or self.recurrent_dropout or self.zoneout):
+            return drawn
+        batch, inputs = x.shape[1:]
+        _, outputs = parameters["w_hh"].shape
+        gates = (parameters["w_hh"].shape[0] // self.hidden_size,) if self.dropout_per_gate else ()
+        if self.input_dropout:
+            drawn["input_mask"] = F.dropout(x.new_ones(*gates, batch, inputs), self.input_dropout)
+        if self.recurrent_dropout:
+            drawn["recurrent_mask"] = F.dropout(x.new_ones(*gates, batch, outputs), self.recurrent_dropout)
+        if any(zoneout_of(self.cell, self.zoneout)):
+            lowest, highest = -(2**63), 2**63 - 1
+            drawn["seed"] = torch.randint(lowest, highest, (1,), dtype=torch.int64, device=x.device)
+        return drawn
 
     def _check_call(
         self, input: Tensor, state: tuple[Tensor, ...], weights: list[list[Tensor]], batch_sizes: Tensor | None
@@ -303,6 +372,7 @@ class RNNBase(nn.Module):
         """The sizes, and what is not at its default, as torch.nn shows it."""
         return f"{self.input_size}, {self.hidden_size}" + shown_options(
             self, proj_size=0, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False,
+            **{name: default for name, default in OPTIONS.items() if hasattr(self, name)},
             memory="store", engine="auto",
         )  # fmt: skip
 
@@ -314,13 +384,30 @@ class LSTM(RNNBase):
         c[t] = f * c[t-1] + i * g
         h[t] = o * tanh(c[t]), with proj_size W_hr times that (Sak et al. 2014)
 
-    Arguments and state are torch.nn.LSTM's. memory: "store", or "recompute" to keep less for backward and compute it
-    there. engine: "auto", or the schedule to use, see `lt.functional.lstm`. An option that no kernel has yet raises
-    NotImplementedError naming it.
+    Arguments and state are torch.nn.LSTM's. Options, in any combination:
+        peephole: before their sigmoid, i and f also get weight_ci * c[t-1] and weight_cf * c[t-1], o gets weight_co *
+            c[t] (Gers and Schmidhuber 2000).
+        coupled: f = 1 - i, and three gates instead of four, i, g, o (Greff et al. 2017).
+        activation, recurrent_activation, output_activation: in place of tanh for g, of sigmoid for i, f, o, and of tanh
+            for c[t], where None is as activation. A name or (name, alpha, beta), see `lt.functional.lstm`.
+        cell_clip: c[t] is held within +- this. gate_clip: every gate is, before its activation.
+        layer_norm: W_ih x[t] and W_hh h[t-1] are normalised over all gates before they are added up with the biases,
+            and f * c[t-1] + i * g to become c[t] (Ba et al. 2016; as PyTorch's benchmark of custom LSTMs).
+        zoneout: one probability, or one for h and one for c. In training each unit keeps its h[t-1] or c[t-1] with
+            that probability; in evaluation h[t] = z * h[t-1] + (1 - z) * (what the step gives) (Krueger et al. 2017).
+        recurrent_dropout, input_dropout: in training h[t-1] or x[t] of each layer and direction is multiplied by one
+            mask for the whole sequence, before the products: zero with this probability, else 1 / (1 - probability)
+            (Gal and Ghahramani 2016). dropout_per_gate: by a mask of its own for each gate.
+        memory: "store", or "recompute" to keep less for backward and compute it there. engine: "auto", or the schedule
+            to use, see `lt.functional.lstm`.
+    Raises ValueError or TypeError naming a wrong one.
     """
 
     cell = "lstm"
     states = 2
+    told = (
+        "activation", "recurrent_activation", "output_activation", "coupled", "cell_clip", "gate_clip", "zoneout"
+    )  # fmt: skip
     input_dim_error = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -334,15 +421,15 @@ class LSTM(RNNBase):
         input_dropout: float = 0.0, dropout_per_gate: bool = False, gate_clip: float | None = None,
         memory: str = "store", engine: str = "auto",
     ) -> None:  # fmt: skip
-        later = {
+        options = {
             "peephole": peephole, "coupled": coupled, "cell_clip": cell_clip, "output_activation": output_activation,
-            "recurrent_activation": recurrent_activation, "layer_norm": layer_norm, "zoneout": zoneout,
-            "recurrent_dropout": recurrent_dropout, "input_dropout": input_dropout,
+            "activation": activation, "recurrent_activation": recurrent_activation, "layer_norm": layer_norm,
+            "zoneout": zoneout, "recurrent_dropout": recurrent_dropout, "input_dropout": input_dropout,
             "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip,
         }  # fmt: skip
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype,
-            activation, memory, engine, later,
+            memory, engine, options,
         )  # fmt: skip
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
@@ -377,17 +464,19 @@ class LSTM(RNNBase):
 
 
 class GRU(RNNBase):
-    """Gated recurrent unit (Cho et al. 2014), reset after the product, as torch.nn.GRU.
+    """Gated recurrent unit (Cho et al. 2014), as torch.nn.GRU.
 
         r, z = sigmoid(W_ih x[t] + b_ih + W_hh h[t-1] + b_hh)
         n = tanh(W_in x[t] + b_in + r * (W_hn h[t-1] + b_hn))
         h[t] = (1 - z) * n + z * h[t-1]
 
-    Arguments and state are torch.nn.GRU's; memory and engine as LSTM's.
-    An option that no kernel has yet raises NotImplementedError naming it.
+    Arguments and state are torch.nn.GRU's. reset_after=False: the reset is before the product, as in the paper, n =
+    tanh(W_in x[t] + b_in + W_hn (r * h[t-1]) + b_hn); layer_norm cannot go with it. recurrent_dropout masks the h[t-1]
+    of the products alone. All else as LSTM, whose activation is n's here, recurrent_activation r's and z's.
     """
 
     cell = "gru"
+    told = ("activation", "recurrent_activation", "reset_after", "gate_clip", "zoneout")
     input_dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -400,26 +489,26 @@ class GRU(RNNBase):
         memory: str = "store", engine: str = "auto", **unsupported: object,
     ) -> None:  # fmt: skip
         refuse_unsupported("GRU", unsupported)
-        later = {
-            "reset_after": reset_after,
-            "recurrent_activation": recurrent_activation, "layer_norm": layer_norm, "zoneout": zoneout,
-            "recurrent_dropout": recurrent_dropout, "input_dropout": input_dropout,
-            "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip,
+        options = {
+            "reset_after": reset_after, "activation": activation, "recurrent_activation": recurrent_activation,
+            "layer_norm": layer_norm, "zoneout": zoneout, "recurrent_dropout": recurrent_dropout,
+            "input_dropout": input_dropout, "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip,
         }  # fmt: skip
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            activation, memory, engine, later,
+            memory, engine, options,
         )  # fmt: skip
 
 
 class RNN(RNNBase):
     """Elman network (1990), as torch.nn.RNN: h[t] = tanh(W_ih x[t] + b_ih + W_hh h[t-1] + b_hh), or relu of it.
 
-    Arguments and state are torch.nn.RNN's; `activation`, where it is not "tanh", wins over `nonlinearity`. memory and
-    engine as LSTM's. An option that no kernel has yet raises NotImplementedError naming it.
+    Arguments and state are torch.nn.RNN's; `activation`, where it is not "tanh", wins over `nonlinearity`. All else as
+    LSTM, but that there are no gates and so no recurrent_activation but the default.
     """
 
     cell = "rnn"
+    told = ("activation", "gate_clip", "zoneout")
     input_dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
     def __init__(
@@ -434,27 +523,39 @@ class RNN(RNNBase):
         refuse_unsupported("RNN", unsupported)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        later = {
+        options = {
+            "activation": nonlinearity if activation == "tanh" else activation,
             "recurrent_activation": recurrent_activation, "layer_norm": layer_norm, "zoneout": zoneout,
             "recurrent_dropout": recurrent_dropout, "input_dropout": input_dropout,
             "dropout_per_gate": dropout_per_gate, "gate_clip": gate_clip,
         }  # fmt: skip
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
-            nonlinearity if activation == "tanh" else activation, memory, engine, later,
+            memory, engine, options,
         )  # fmt: skip
 
     @property
-    def nonlinearity(self) -> str:
-        """torch.nn's name of the activation."""
+    def nonlinearity(self) -> Activation:
+        """The activation, under torch.nn's name of it."""
         return self.activation
 
     @property
     def mode(self) -> str:
-        return f"RNN_{self.activation.upper()}"
+        return f"RNN_{activation_of(self.activation)[0].upper()}"
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()
+        # torch.nn does not show its nonlinearities
+        return shown.replace(", activation=relu", "") if self.activation == "relu" else shown
 
 
 _BATCHED = {2: "unbatched", 3: "batched"}
+
+
+def spec_of(layer: RNNBase) -> CellSpec:
+    """The cell of all of a layer's layers and directions. Raises ValueError or TypeError naming a wrong option."""
+    options = {name: getattr(layer, name) for name in _OF_THE_CELL if hasattr(layer, name)}
+    return CellSpec(layer.cell, bias=layer.bias, proj=layer.proj_size, **options)
 
 
 def _concatenate(directions: list[Tensor]) -> Tensor:

@@ -4,21 +4,23 @@
     lstm_triton::backward             back-propagation through time, to the gradients by the pre-activations
     lstm_triton::backward_recompute   the same where the gates were not kept, to the gradients by all inputs
 
-Everything that is one product over all time steps (dx, the weight gradients) is plain torch: outside the operators,
-where the compiler sees it, if the gates were kept; chunk by chunk inside the operator that computes them again.
+Everything that is one product over all time steps (dx, the weight gradients; products.py) is plain torch: outside the
+operators, where the compiler sees it, if the gates were kept; chunk by chunk inside the operator that computes them
+again.
 
 Names and shapes throughout, with I inputs, H hidden units, G gates, P columns of h (those of w_hr, else H):
-    tensors: x [T, B, I], h0 [B, P], c0 [B, H], w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh [G*H], w_hr [P, H], steps
-        [T, B] (spec.VALID, spec.RESET); None where the cell has none
+    tensors: x [T, B, I], or without w_ih the input product [T, B, G*H]; h0 [B, P], c0 [B, H], w_ih [G*H, I], w_hh
+        [G*H, P], b_ih and b_hh [G*H], w_hr [P, H], params [K, H] (CellSpec.rows), recurrent_mask [B, P] or [G, B, P],
+        steps [T, B] (spec.VALID, spec.RESET), seed [1]; None where the cell has none
     results: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H]
-    kept: gates [T, B, G*H] activated, extra [T, B, H] (c of the LSTM, W_hn h[t-1] + b_hn of the GRU), h [T, B, P]
+    kept: products.Kept, and h [T, B, P]
 What does not apply is None outside the operators and an empty tensor where an operator must return one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,37 +30,57 @@ from torch.nn.functional import linear
 from . import launch
 from .planner import make_plan
 from .plans import LaunchPlan
-from .spec import RESET, VALID, Activation, CellSpec
+from .products import (
+    Kept,
+    Weights,
+    by_recurrent_product,
+    carries,
+    input_gradient,
+    masked,
+    previous,
+    remade,
+    weight_gradients,
+)
+from .spec import CellSpec
 from .transforms import refuse_forward_mode
 
-_STATES = "Tensor h0, Tensor? c0"
-_SETTINGS = "str cell, str activation, bool reverse, str engine, int[] tile"
+#: The tensors of a call in the order of every operator and Function, and how many of them have gradients.
+TENSORS = (
+    "x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params", "recurrent_mask", "steps", "seed",
+)  # fmt: skip
+DIFFERENTIABLE = 10
+#: Those that do not change with time, products.Weights, among them.
+WEIGHTS = slice(3, DIFFERENTIABLE)
+
+_TENSORS = (
+    "Tensor x, Tensor h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? params, Tensor? recurrent_mask, Tensor? steps, Tensor? seed"
+)
+_SETTINGS = "str cell, bool reverse, str engine, int[] tile"
 _GRADIENTS = "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells"
-_WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? steps"
 library = torch.library.Library("lstm_triton", "DEF")
 library.define(
-    f"forward(Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, bool training, str memory, bool return_cells) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"forward({_TENSORS}, {_SETTINGS}, bool training, str memory, bool return_cells) -> ({', '.join(['Tensor'] * 9)})"
 )
 library.define(
-    f"backward({_GRADIENTS}, Tensor? gates, Tensor? extra, Tensor h, {_STATES}, Tensor w_hh, Tensor? w_hr, "
-    f"Tensor? steps, {_SETTINGS}, bool bias) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"backward({_GRADIENTS}, Tensor? gates, Tensor? extra, Tensor? normed, Tensor? stats, Tensor h, Tensor h0, "
+    "Tensor? c0, Tensor w_hh, Tensor? w_hr, Tensor? params, Tensor? recurrent_mask, Tensor? steps, Tensor? seed, "
+    f"{_SETTINGS}, bool bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    f"backward_recompute({_GRADIENTS}, Tensor? extra, Tensor h, Tensor x, {_STATES}, {_WEIGHTS}, {_SETTINGS}, "
-    "bool[] needs, int samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"backward_recompute({_GRADIENTS}, Tensor? extra, Tensor h, {_TENSORS}, {_SETTINGS}, bool[] needs, int samples) "
+    f"-> ({', '.join(['Tensor'] * DIFFERENTIABLE)})"
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run, apart from what the tensors tell: the cell's name and lt.functional's arguments.
+    """What is to be run, apart from what the tensors tell: str() of the CellSpec and lt.functional's arguments.
 
     Nothing that the tensors tell, such as the size of a projection: torch.compile may not know it as a number.
     """
 
     cell: str
-    activation: Activation
     reverse: bool
     engine: str
     tile: tuple[int, int] | None
@@ -68,19 +90,23 @@ class Run:
     @property
     def spec(self) -> CellSpec:
         """The cell, its biases and projection aside."""
-        return CellSpec(self.cell, self.activation)
+        return CellSpec.parse(self.cell)
 
     @property
-    def settings(self) -> tuple[str, Activation, bool, str, list[int]]:
+    def settings(self) -> tuple[str, bool, str, list[int]]:
         """As the operators take them."""
-        return self.cell, self.activation, self.reverse, self.engine, list(self.tile or ())
+        return self.cell, self.reverse, self.engine, list(self.tile or ())
 
 
-def plan_for(spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None) -> LaunchPlan:
+def plan_for(
+    spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None, masks: int = 0
+) -> LaunchPlan:
     """The plan for x [T, B, any] where it lives. fp32 products follow torch's switch for cuDNN's RNNs."""
     T, B, _ = x.shape
-    device, precision = launch.device_of(x), fp32_precision()
-    return make_plan(spec, T, B, H, x.dtype, device, engine=engine, tile=tuple(tile or ()) or None, precision=precision)
+    return make_plan(
+        spec, T, B, H, x.dtype, launch.device_of(x),
+        engine=engine, tile=tuple(tile or ()) or None, precision=fp32_precision(), masks=masks,
+    )  # fmt: skip
 
 
 def fp32_precision() -> str:
@@ -88,79 +114,67 @@ def fp32_precision() -> str:
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
-def forward(
-    run: Run, training: bool,
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """lstm_triton::forward -> y, h_n, c_n, cells, and, if training, what `gradients` reads again: gates, extra, h.
+def forward(run: Run, training: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """lstm_triton::forward -> y, h_n, c_n, cells, and, if training, what `gradients` reads again: Kept's four, h.
 
     extra is None where it is cells, and h where it is y: no two results are one tensor.
     """
-    results = torch.ops.lstm_triton.forward(
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps, *run.settings, training, run.memory, run.return_cells
-    )
-    return results_of(run, training, steps, results)
+    results = torch.ops.lstm_triton.forward(*tensors, *run.settings, training, run.memory, run.return_cells)
+    return results_of(run, training, tensors[TENSORS.index("steps")], results)
 
 
 def results_of(
     run: Run, training: bool, steps: Tensor | None, results: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """What `forward` returns, from what lstm_triton::forward does, or the gradients by it from those by that."""
-    y, h_n, c_n, cells, gates, extra, h = results
-    lstm, store = run.cell == "lstm", run.memory == "store"
+    y, h_n, c_n, cells, gates, extra, normed, stats, h = results
+    spec = run.spec
+    lstm, store = spec.cell == "lstm", training and run.memory == "store"
     if run.return_cells and steps is None:
         cells, extra = extra, None
-    save_gates, save_extra = launch.saves(run.spec)
+    save_gates, save_extra = launch.saves(spec)
     return (
         y,
         h_n,
         c_n if lstm else None,
         cells if run.return_cells else None,
-        gates if training and store and save_gates else None,
+        gates if store and save_gates else None,
         extra if training and (lstm or (store and save_extra)) else None,
+        normed if store and spec.layer_norm else None,
+        stats if store and spec.layer_norm else None,
         h if training and steps is not None else None,
     )
 
 
 def gradients(
-    run: Run, needs: Sequence[bool], samples: int,
-    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None, gates: Tensor | None, extra: Tensor | None, h: Tensor,
+    run: Run, needs: Sequence[bool], samples: int, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients by x, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr, None where `needs` has False.
+    """The gradients by the DIFFERENTIABLE tensors, None where `needs` has False.
 
-    Those by the results may be None, for zero. Those by the weights come as [samples, ...]: the batch is that many
-    parts of one size, and each has its own, summed over its rows alone. Plain torch around one operator, so that the
-    compiler sees the products.
+    grads: dy, dh_n, dc_n, dcells, which may be None, for zero. kept: Kept's four and h. The gradients by the weights
+    come as [samples, ...]: the batch is that many parts of one size, and each has its own, summed over its rows alone.
+    Plain torch around one operator, so that the compiler sees the products.
     """
+    x, h0, c0, w_ih, w_hh, _, b_hh, w_hr, params, recurrent_mask, steps, seed = tensors
+    gates, extra, normed, stats, h = kept
     if run.memory == "recompute":
         found = torch.ops.lstm_triton.backward_recompute(
-            dy, dh_n, dc_n, dcells, extra, h, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, steps, *run.settings,
-            list(needs), samples,
+            *grads, extra, h, *tensors, *run.settings, list(needs), samples
         )  # fmt: skip
         return [d if need else None for d, need in zip(found, needs, strict=True)]
-    da, dh0, dc0, dh_all = torch.ops.lstm_triton.backward(
-        dy, dh_n, dc_n, dcells, gates, extra, h, h0, c0, w_hh, w_hr, steps, *run.settings, b_hh is not None
-    )
+    da, dh0, dc0, dh_all, dparams = torch.ops.lstm_triton.backward(
+        *grads, gates, extra, normed, stats, h, h0, c0, w_hh, w_hr, params, recurrent_mask, steps, seed,
+        *run.settings, b_hh is not None,
+    )  # fmt: skip
     spec = run.spec
-    dx = _input_gradient(spec, da, w_ih) if needs[0] else None
-    projected = (dh_all, _unprojected(gates, extra, steps)) if needs[7] else (None, None)
-    weights = _weight_gradients(spec, run.reverse, needs[3:], samples, da, x, h, h0, steps, *projected)
+    dx = input_gradient(spec, da, w_ih) if needs[0] else None
+    weights = weight_gradients(
+        spec, run.reverse, needs[WEIGHTS], samples, da, dh_all if w_hr is not None else None,
+        dparams if launch.options(spec, 0, False).dparams else None, x, h, h0, c0, steps,
+        Kept(gates, extra, normed, stats), Weights(*tensors[WEIGHTS]),
+    )  # fmt: skip
     return [dx, dh0 if needs[1] else None, dc0 if needs[2] else None, *weights]
-
-
-def per_sample(
-    function: Callable[..., tuple[Tensor, ...]], samples: int, tensors: Sequence[Tensor | None],
-    dims: Sequence[int | None], out_dims: tuple[int, ...],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """function() of each of `samples` parts of the batch, which lies at `dims`; stacked at `out_dims`."""
-    if samples == 1:
-        return tuple(found.unsqueeze(at) for found, at in zip(function(*tensors), out_dims, strict=True))
-    dims = tuple(None if t is None else at for t, at in zip(tensors, dims, strict=True))
-    parts = (t if at is None else t.unflatten(at, (samples, -1)) for t, at in zip(tensors, dims, strict=True))
-    return torch.vmap(function, dims, out_dims)(*parts)
 
 
 def chunk_steps(T: int) -> int:
@@ -174,125 +188,151 @@ def chunk_steps(T: int) -> int:
 
 
 def _forward(
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
-    tile: list[int], training: bool, memory: str, return_cells: bool,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int], training: bool,
+    memory: str, return_cells: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> y, h_n, c_n, cells, gates, extra, h. Without steps cells is empty, being extra, and so is h, being y.
+    """-> y, h_n, c_n, cells, Kept's four, h. Without steps cells is empty, being extra, and so is h, being y.
 
-    gates is empty where `memory` is "recompute".
+    Of Kept only extra is there where `memory` is "recompute".
     """
     refuse_forward_mode()
-    spec = _spec(cell, activation, b_hh, w_hr)
+    spec = _spec(cell, b_hh, w_hr)
     T, B, _ = x.shape
-    gates = linear(x.reshape(T * B, -1), w_ih, b_ih).view(T, B, -1)
-    plan = plan_for(spec, x, w_hh.shape[0] // spec.gates, engine, tile)
+    if w_ih is None:  # the kernel writes over it
+        gates = x.clone(memory_format=torch.contiguous_format)
+    else:
+        gates = linear(x.reshape(T * B, -1), w_ih, b_ih).view(T, B, -1)
+    plan = plan_for(spec, x, w_hh.shape[0] // spec.gates, engine, tile, masks_of(recurrent_mask))
     keep = training and memory == "store"
-    h, state, extra, _ = launch.forward(
-        plan, gates, _aligned(w_hh), _aligned(b_hh), _aligned(h0), c0,
-        w_hr=_aligned(w_hr), steps=_aligned(steps), reverse=reverse,
+    h, state, extra, normed, stats = launch.forward(
+        plan, gates, _aligned(w_hh), _aligned(b_hh), _aligned(h0), c0, w_hr=_aligned(w_hr), params=_aligned(params),
+        mask=_planes(recurrent_mask), steps=_aligned(steps), seed=_aligned(seed), reverse=reverse,
         training=keep, save_states=training or return_cells,
     )  # fmt: skip
     save_gates, _ = launch.saves(spec)
-    masked = steps is not None
+    skips = steps is not None
     results = (
-        _masked(h, steps),
+        masked(h, steps),
         h[0 if reverse else -1].clone(),
         None if c0 is None else state.to(x.dtype, copy=True),
-        _masked(extra, steps) if masked and return_cells else None,
+        masked(extra, steps) if skips and return_cells else None,
         gates if keep and save_gates else None,
-        extra if training or not masked else None,
-        h if training and masked else None,
+        extra if training or not skips else None,
+        normed,
+        stats,
+        h if training and skips else None,
     )
     return tuple(x.new_empty(0) if t is None else t for t in results)
 
 
 def _fake_forward(
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
-    tile: list[int], training: bool, memory: str, return_cells: bool,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int], training: bool,
+    memory: str, return_cells: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     T, B, _ = x.shape
-    spec = CellSpec(cell, activation)
+    spec = CellSpec.parse(cell)
     save_gates, save_extra = launch.saves(spec)
-    keep, masked = training and memory == "store", steps is not None
-    extra = (keep and save_extra) or (c0 is not None and (training or (return_cells and not masked)))
-    sequences = (
-        (masked and return_cells, w_hh.shape[0] // spec.gates),
-        (keep and save_gates, w_hh.shape[0]),
-        (extra, w_hh.shape[0] // spec.gates),
-        (masked and training, w_hh.shape[1]),
-    )
+    keep, skips = training and memory == "store", steps is not None
+    extra = (keep and save_extra) or (c0 is not None and (training or (return_cells and not skips)))
+    rows, units = w_hh.shape[0], w_hh.shape[0] // spec.gates
+
+    def given(there: bool, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        return x.new_empty(T, B, columns, dtype=dtype) if there else x.new_empty(0)
+
     return (
         x.new_empty(T, B, w_hh.shape[1]),
         x.new_empty(h0.shape),
         x.new_empty(0 if c0 is None else c0.shape),
-        *(x.new_empty(T, B, columns) if there else x.new_empty(0) for there, columns in sequences),
+        given(skips and return_cells, units),
+        given(keep and save_gates, rows),
+        given(extra, units),
+        given(keep and spec.layer_norm, rows),
+        given(keep and spec.layer_norm, 4, torch.promote_types(x.dtype, torch.float32)),
+        given(skips and training, w_hh.shape[1]),
     )
 
 
 def _backward(
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
-    gates: Tensor | None, extra: Tensor | None, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor,
-    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
-    tile: list[int], bias: bool,
+    gates: Tensor | None, extra: Tensor | None, normed: Tensor | None, stats: Tensor | None, h: Tensor, h0: Tensor,
+    c0: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int], bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0, dc0 (empty without c0), and dh_all [T, B, P] by
-    the projected h (empty without w_hr).
+    """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0, dc0 (empty without c0), dh_all [T, B, P] by the
+    projected h (empty without w_hr), and dparams [B, options.dparams, H] by params and, normalised, b_hh, in the accumulator's dtype
+    (or empty).
     """
-    spec = CellSpec(cell, activation, bias, 0 if w_hr is None else w_hr.shape[0])
+    spec = CellSpec.parse(cell).of_tensors(bias, 0 if w_hr is None else w_hr.shape[0])
     H = w_hh.shape[0] // spec.gates
-    plan = plan_for(spec, h, H, engine, tile)
-    gates, extra, h, w_hh, w_hr, steps = (_aligned(t) for t in (gates, extra, h, w_hh, w_hr, steps))
+    plan = plan_for(spec, h, H, engine, tile, masks_of(recurrent_mask))
     dh, dstate = _last_gradients(h0, H, dh_n, dc_n)
+    dparams = _no_gradients(spec, h, H)
+    h = _aligned(h)
     da, dh, dstate, dh_all = _walk_back(
-        plan, reverse, dy, dh, dstate, dcells, gates, extra, h, h0 if c0 is None else c0, w_hh, w_hh, w_hr, steps
-    )
+        plan, reverse, dy, dh, dstate, dparams, dcells, Kept(gates, extra, normed, stats), h, h0,
+        h0 if c0 is None else c0, Weights(None, w_hh, None, None, w_hr, params, recurrent_mask), w_hh, steps, seed,
+    )  # fmt: skip
     return (
         da,
         dh.to(h.dtype),
         h.new_empty(0) if c0 is None else dstate.to(h.dtype),
         h.new_empty(0) if dh_all is None else dh_all,
+        h.new_empty(0, dtype=dh.dtype) if dparams is None else dparams,
     )
 
 
 def _fake_backward(
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None,
-    gates: Tensor | None, extra: Tensor | None, h: Tensor, h0: Tensor, c0: Tensor | None, w_hh: Tensor,
-    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
-    tile: list[int], bias: bool,
+    gates: Tensor | None, extra: Tensor | None, normed: Tensor | None, stats: Tensor | None, h: Tensor, h0: Tensor,
+    c0: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int], bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     T, B, P = h.shape
-    spec = CellSpec(cell, activation)
+    spec = CellSpec.parse(cell)
     D, _ = launch.slots(spec)
+    H = w_hh.shape[0] // spec.gates
+    rows = launch.options(spec, 0, False).dparams
     return (
-        h.new_empty(T, B, D * (w_hh.shape[0] // spec.gates)),
+        h.new_empty(T, B, D * H),
         h.new_empty(h0.shape),
         h.new_empty(0 if c0 is None else c0.shape),
         h.new_empty(0) if w_hr is None else h.new_empty(T, B, P),
+        h.new_empty((B, rows, H) if rows else 0, dtype=torch.promote_types(h.dtype, torch.float32)),
     )
 
 
 def _backward_recompute(
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor | None, h: Tensor,
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
-    tile: list[int], needs: list[bool], samples: int,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int],
+    needs: list[bool], samples: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> what `gradients` says, empty where not needed.
 
     From the last chunk of steps to the first, in the order of processing: the chunk's gates from the states, all steps
     at once; then back through its steps; then its part of the products over time, which are summed in fp32 (fp64).
     """
-    spec = _spec(cell, activation, b_hh, w_hr)
+    spec = _spec(cell, b_hh, w_hr)
     T, H = len(h), w_hh.shape[0] // spec.gates
-    plan = plan_for(spec, h, H, engine, tile)
+    plan = plan_for(spec, h, H, engine, tile, masks_of(recurrent_mask))
     extra, h, w_hh, w_hr, steps = (_aligned(t) for t in (extra, h, w_hh, w_hr, steps))
-    carry = w_hh.to(torch.promote_types(h.dtype, torch.float32))
+    weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr, params, recurrent_mask)
+    high = torch.promote_types(h.dtype, torch.float32)
     dh, dstate = _last_gradients(h0, H, dh_n, dc_n)
+    dparams = _no_gradients(spec, h, H)
     dx = h.new_empty(x.shape if needs[0] else 0)
-    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    sums = [dh.new_zeros(samples, *w.shape) if need else None for w, need in zip(weights, needs[3:], strict=True)]
+    of_weights = list(needs[WEIGHTS])
+    shapes = [None if w is None else (samples, *w.shape) for w in weights[:-1]]
+    shapes.append(None if recurrent_mask is None else recurrent_mask.shape)
+    sums = [dh.new_zeros(s) if need else None for s, need in zip(shapes, of_weights, strict=True)]
+    # params' gradients are summed over all chunks in the kernel: of no chunk its own
+    in_kernel = (5, 3) if spec.layer_norm else (5,)
+    of_chunk = [need and i not in in_kernel for i, need in enumerate(of_weights)]
 
     length = chunk_steps(T)
     starts = range(0, T, length)
@@ -304,19 +344,27 @@ def _backward_recompute(
         before = start + length if reverse else start - 1
         given = not 0 <= before < T
         h_first = h0 if given else h[before]
-        state_first = h_first if c0 is None else c0 if given else extra[before]
-        gates, product = _activated_gates(spec, x_t, _previous(h_t, h_first, steps_t, reverse), w_ih, w_hh, b_ih, b_hh)
+        c_first = None if c0 is None else c0 if given else extra[before]
+        c_before = None if c0 is None or spec.plain else previous(extra_t, c_first, steps_t, reverse)
+        kept = remade(spec, x_t, previous(h_t, h_first, steps_t, reverse), extra_t, c_before, weights)
         da, dh, dstate, dh_all = _walk_back(
-            plan, reverse, dy_t, dh, dstate, dcells_t, gates, extra_t if product is None else product, h_t,
-            state_first, w_hh, carry, w_hr, steps_t,
+            plan, reverse, dy_t, dh, dstate, dparams, dcells_t, kept, h_t, h_first,
+            h_first if c0 is None else c_first, weights, w_hh.to(high), steps_t, seed, start,
         )  # fmt: skip
         if needs[0]:
-            dx[chunk] = _input_gradient(spec, da, w_ih)
-        projected = (dh_all, _unprojected(gates, extra_t, steps_t)) if needs[7] else (None, None)
-        parts = _weight_gradients(spec, reverse, needs[3:], samples, da, x_t, h_t, h_first, steps_t, *projected)
+            dx[chunk] = input_gradient(spec, da, w_ih)
+        parts = weight_gradients(
+            spec, reverse, of_chunk, samples, da, dh_all, None, x_t, h_t, h_first, c_first, steps_t, kept, weights
+        )
         for total, part in zip(sums, parts, strict=True):
-            if total is not None:
+            if part is not None:
                 total += part
+    if any(of_weights[i] for i in in_kernel):
+        only = [need and i in in_kernel for i, need in enumerate(of_weights)]
+        for i, part in enumerate(weight_gradients(
+            spec, reverse, only, samples, da, dh_all, dparams, x_t, h_t, h_first, c_first, steps_t, kept, weights
+        )):  # fmt: skip
+            sums[i] = part if part is not None else sums[i]
 
     found = (dh if needs[1] else None, dstate if needs[2] else None, *sums)
     return dx, *(h.new_empty(0) if d is None else d.to(h.dtype) for d in found)
@@ -324,168 +372,88 @@ def _backward_recompute(
 
 def _fake_backward_recompute(
     dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dcells: Tensor | None, extra: Tensor | None, h: Tensor,
-    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    w_hr: Tensor | None, steps: Tensor | None, cell: str, activation: str, reverse: bool, engine: str,
-    tile: list[int], needs: list[bool], samples: int,
+    x: Tensor, h0: Tensor, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int],
+    needs: list[bool], samples: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    states = [h.new_empty(t.shape if need else 0) for t, need in zip((x, h0, c0), needs[:3], strict=True)]
-    weights = zip((w_ih, w_hh, b_ih, b_hh, w_hr), needs[3:], strict=True)
-    return *states, *(h.new_empty((samples, *w.shape) if need else 0) for w, need in weights)
+    rows = [h.new_empty(t.shape if need else 0) for t, need in zip((x, h0, c0), needs[:3], strict=True)]
+    weights = zip((w_ih, w_hh, b_ih, b_hh, w_hr, params), needs[3:9], strict=True)
+    of_weights = [h.new_empty((samples, *w.shape) if need else 0) for w, need in weights]
+    return *rows, *of_weights, h.new_empty(recurrent_mask.shape if needs[9] else 0)
 
 
 def _walk_back(
-    plan: LaunchPlan, reverse: bool, dy: Tensor | None, dh: Tensor, dstate: Tensor, dcells: Tensor | None,
-    gates: Tensor | None, extra: Tensor | None, h: Tensor, state0: Tensor, w_hh: Tensor, carry: Tensor,
-    w_hr: Tensor | None, steps: Tensor | None,
+    plan: LaunchPlan, reverse: bool, dy: Tensor | None, dh: Tensor, dstate: Tensor, dparams: Tensor | None,
+    dcells: Tensor | None, kept: Kept, h: Tensor, h0: Tensor, state0: Tensor, weights: Weights, carry: Tensor,
+    steps: Tensor | None, seed: Tensor | None, first_step: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Back through consecutive steps -> da, and the gradients by h and the state before them, complete; dh_all.
 
-    dh and dstate, by h and the state after them, are overwritten. carry is w_hh in the dtype in which the gradient by h
-    is carried to the steps before: the accumulator's, but where that gradient is rounded anyway.
+    dh and dstate, by h and the state after them, are overwritten; dparams is added to. carry is w_hh in the dtype in
+    which the gradient by h is carried to the steps before: the accumulator's, but where that gradient is rounded
+    anyway. first_step: where the steps begin in the sequence.
     """
     spec = plan.spec
     save_gates, save_extra = launch.saves(spec)
+    steps = _aligned(steps)
     da, dh, dstate, dh_all = launch.backward(
         plan,
-        h.new_zeros(h.shape) if dy is None else _aligned(_masked(dy, steps)),
+        h.new_zeros(h.shape) if dy is None else _aligned(masked(dy, steps)),
         dh,
         dstate,
-        gates if save_gates else None,
-        extra if spec.cell == "lstm" else h,
+        dparams,
+        _aligned(kept.gates) if save_gates else None,
+        _aligned(kept.extra) if spec.cell == "lstm" else h,
         _aligned(state0),
-        extra if save_extra else None,
-        w_hh,
-        w_hr=w_hr,
+        _aligned(kept.extra) if save_extra else None,
+        _aligned(weights.w_hh),
+        normed=_aligned(kept.normed),
+        stats=_aligned(kept.stats),
+        w_hr=_aligned(weights.w_hr),
+        params=_aligned(weights.params),
+        mask=_planes(weights.mask),
         steps=steps,
-        dcells=None if dcells is None else _aligned(_masked(dcells, steps)),
+        seed=_aligned(seed),
+        dcells=None if dcells is None else _aligned(masked(dcells, steps)),
         reverse=reverse,
+        first_step=first_step,
     )
     first = -1 if reverse else 0
-    through_w_hh = (_by_recurrent_product(spec, da[first]).to(carry.dtype) @ carry).to(dh.dtype)
+    through_w_hh = _through_w_hh(spec, by_recurrent_product(spec, da[first]).to(carry.dtype), carry, weights.mask)
+    through_w_hh = through_w_hh.to(dh.dtype)
     if steps is not None:
-        through_w_hh = torch.where(_carries(steps[first]), through_w_hh, 0)
+        through_w_hh = torch.where(carries(steps[first]), through_w_hh, 0)
     return da, dh + through_w_hh, dstate, dh_all
 
 
-def _activated_gates(
-    spec: CellSpec, x: Tensor, h_before: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the forward kernel keeps for backward beside the states, from x[t] and h[t-1] of all steps at once.
+def _through_w_hh(spec: CellSpec, by_h: Tensor, w_hh: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient by the h [B, P] that the recurrent product was of, from that by the product [B, G*H].
 
-    -> gates, and of the GRU W_hn h[t-1] + b_hn.
+    What goes through n where the reset comes first is the kernel's.
     """
-    if spec.cell == "rnn":
-        return None, None
     H = w_hh.shape[0] // spec.gates
-    high = torch.promote_types(x.dtype, torch.float32)
-    x_gates, h_gates = linear(x, w_ih, b_ih).to(high), linear(h_before, w_hh, b_hh)
-    if spec.cell == "lstm":
-        gates = x_gates.add_(h_gates)
-        gates[..., : 2 * H].sigmoid_()
-        gates[..., 2 * H : 3 * H].tanh_()
-        gates[..., 3 * H :].sigmoid_()
-        return gates.to(x.dtype), None
-    gates, product = x_gates, h_gates[..., 2 * H :]
-    r = gates[..., : 2 * H].add_(h_gates[..., : 2 * H]).sigmoid_()[..., :H]
-    gates[..., 2 * H :].addcmul_(r, product.to(high)).tanh_()
-    return gates.to(x.dtype), product.contiguous()
+    count = spec.gates if spec.reset_after else 2
+    if mask is None or mask.dim() == 2:
+        found = by_h[:, : count * H] @ w_hh[: count * H]
+        return found if mask is None else found * mask
+    return sum(by_h[:, i * H : (i + 1) * H] @ w_hh[i * H : (i + 1) * H] * mask[i] for i in range(count))
 
 
-def _input_gradient(spec: CellSpec, da: Tensor, w_ih: Tensor) -> Tensor:
-    """dx [T, B, I]."""
-    if spec.cell == "gru":
-        w_ih = w_ih.roll(w_ih.shape[0] // spec.gates, 0)
-    T, B, _ = da.shape
-    return (_rows(_by_input_product(spec, da)) @ w_ih).view(T, B, -1)
+def masks_of(recurrent_mask: Tensor | None) -> int:
+    """How many dropout masks there are: none, one for all gates, or one a gate."""
+    return 0 if recurrent_mask is None else 1 if recurrent_mask.dim() == 2 else recurrent_mask.shape[0]
 
 
-def _weight_gradients(
-    spec: CellSpec, reverse: bool, needs: Sequence[bool], samples: int, da: Tensor, x: Tensor, h: Tensor, h0: Tensor,
-    steps: Tensor | None, dh_all: Tensor | None, r: Tensor | None,
-) -> list[Tensor | None]:  # fmt: skip
-    """Those by w_ih, w_hh, b_ih, b_hh and w_hr, [samples, ...], where `needs` says so."""
-
-    def of_one(
-        da: Tensor, x: Tensor, h: Tensor, h0: Tensor, steps: Tensor | None, dh_all: Tensor | None, r: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        by_x, by_h = _by_input_product(spec, da), _by_recurrent_product(spec, da)
-        found = (
-            _in_gate_order(spec, _summed_product(by_x, x)) if needs[0] else None,
-            _recurrent_weight_gradient(by_h, h, h0, steps, reverse) if needs[1] else None,
-            _in_gate_order(spec, by_x.sum((0, 1))) if needs[2] else None,
-            by_h.sum((0, 1)) if needs[3] else None,
-            _summed_product(dh_all, r) if needs[4] else None,
-        )
-        return tuple(d for d in found if d is not None)
-
-    if not any(needs):
-        return [None] * len(needs)
-    tensors, dims = (da, x, h, h0, steps, dh_all, r), (1, 1, 1, 0, 1, 1, 1)
-    found = iter(per_sample(of_one, samples, tensors, dims, (0,) * sum(needs)))
-    return [next(found) if need else None for need in needs]
+def _planes(mask: Tensor | None) -> Tensor | None:
+    """[B, P] or [G, B, P] -> [masks, B, P]"""
+    return None if mask is None else _aligned(mask if mask.dim() == 3 else mask.unsqueeze(0))
 
 
-def _recurrent_weight_gradient(by_h: Tensor, h: Tensor, h0: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:
-    """sum over t of by_h[t]^T h[t-1], h[t-1] in the order of processing and zero where the step starts from zeros."""
-    T = h.shape[0]
-    if isinstance(T, torch.SymInt):
-        # For compilers, to which T-1 steps would make T = 2 a case of its own.
-        return _summed_product(by_h, _previous(h, h0, steps, reverse))
-    first, rest, before = (T - 1, slice(0, T - 1), slice(1, T)) if reverse else (0, slice(1, T), slice(0, T - 1))
-    h_before = h[before]
-    if steps is not None:
-        carries = _carries(steps)
-        h0, h_before = torch.where(carries[first], h0, 0), torch.where(carries[rest], h_before, 0)
-    found = by_h[first].t() @ h0
-    return found if T == 1 else torch.addmm(found, _rows(by_h[rest]).t(), _rows(h_before))
-
-
-def _summed_product(left: Tensor, right: Tensor) -> Tensor:
-    """sum over t of left[t]^T right[t]."""
-    return _rows(left).t() @ _rows(right)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[T, B, any] -> [T*B, any]. `reshape` has a batching rule for is_grads_batched too, which `flatten` lacks."""
-    T, B, columns = tensor.shape
-    return tensor.reshape(T * B, columns)
-
-
-def _unprojected(gates: Tensor, cells: Tensor, steps: Tensor | None) -> Tensor:
-    """r = o * tanh(c), what an LSTM projects: cheaper to compute again than to keep."""
-    return _masked(gates[..., -cells.shape[-1] :] * cells.tanh(), steps)
-
-
-def _by_input_product(spec: CellSpec, da: Tensor) -> Tensor:
-    """The slots of da by the input product: of the GRU in the order n, r, z."""
-    return da[..., : da.shape[-1] // 4 * 3] if spec.cell == "gru" else da
-
-
-def _by_recurrent_product(spec: CellSpec, da: Tensor) -> Tensor:
-    """The slots of da by the recurrent product, in torch.nn's order."""
-    return da[..., da.shape[-1] // 4 :] if spec.cell == "gru" else da
-
-
-def _in_gate_order(spec: CellSpec, by_x: Tensor) -> Tensor:
-    """From the order of _by_input_product along the rows to torch.nn's."""
-    return by_x.roll(-(by_x.shape[0] // spec.gates), 0) if spec.cell == "gru" else by_x
-
-
-def _previous(h: Tensor, h_first: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:
-    """h[t-1] of each of these steps, in the order of processing; zero where a step starts from zeros."""
-    T = h.shape[0]
-    shifted = torch.cat((h, h_first[None]))[1:] if reverse else torch.cat((h_first[None], h))[:T]
-    return shifted if steps is None else torch.where(_carries(steps), shifted, 0)
-
-
-def _carries(steps: Tensor) -> Tensor:
-    """Where the state before a step matters to it: it counts and is not reset. [..., B, 1]"""
-    return (steps & (VALID | RESET) == VALID).unsqueeze(-1)
-
-
-def _masked(tensor: Tensor, steps: Tensor | None) -> Tensor:
-    """Zero where a step does not count. tensor [T, B, any]"""
-    return tensor if steps is None else torch.where((steps & VALID).bool().unsqueeze(-1), tensor, 0)
+def _no_gradients(spec: CellSpec, h: Tensor, H: int) -> Tensor | None:
+    """Zeros that the kernel adds the gradients by params to, row by row of the batch: [B, options.dparams, H]."""
+    rows = launch.options(spec, 0, False).dparams
+    return h.new_zeros(h.shape[1], rows, H, dtype=torch.promote_types(h.dtype, torch.float32)) if rows else None
 
 
 def _last_gradients(h0: Tensor, H: int, dh_n: Tensor | None, dc_n: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -499,8 +467,8 @@ def _last_gradients(h0: Tensor, H: int, dh_n: Tensor | None, dc_n: Tensor | None
     return dh, dstate
 
 
-def _spec(cell: str, activation: str, b_hh: Tensor | None, w_hr: Tensor | None) -> CellSpec:
-    return CellSpec(cell, activation, b_hh is not None, 0 if w_hr is None else w_hr.shape[0])
+def _spec(cell: str, b_hh: Tensor | None, w_hr: Tensor | None) -> CellSpec:
+    return CellSpec.parse(cell).of_tensors(b_hh is not None, 0 if w_hr is None else w_hr.shape[0])
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:

@@ -43,8 +43,11 @@ def make_plan(
     engine: str = "auto",
     tile: tuple[int, int] | None = None,
     precision: str = "tf32",
+    masks: int = 0,
 ) -> LaunchPlan:
     """The cheapest schedule under the model. ValueError, saying why, where `engine` or `tile` cannot run the problem.
+
+    masks: by how many h[t-1] is multiplied before W_hh is, none, one, or one a gate.
 
     T does not enter the choice: a plan, and so a compiled kernel, serves every length (that can be counted).
     """
@@ -56,15 +59,17 @@ def make_plan(
     if engine == "auto" and device is INTERPRETER:
         engine = "step"
     precision = precision if dtype == torch.float32 else "ieee"
-    countable = T * (2 if spec.proj else 1) <= MAX_COUNTED_STEPS
+    countable = T * spec.waits <= MAX_COUNTED_STEPS
     problems = (
-        KernelProblem(spec, direction, max(B, 1), H, dtype, device, precision, countable) for direction in DIRECTIONS
+        KernelProblem(spec, direction, max(B, 1), H, dtype, device, precision, countable, masks)
+        for direction in DIRECTIONS
     )
+    tunable = tile is None and spec.plain and not spec.proj and masks < 2
     (forward, why_forward), (backward, why_backward) = (
-        _choose(problem, engine, tile, None if tile or spec.proj else tuning.lookup(device.family, problem.key))
+        _choose(problem, engine, tile, tuning.lookup(device.family, problem.key) if tunable else None)
         for problem in problems
     )
-    return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward)
+    return LaunchPlan(spec, T, B, H, dtype, device, precision, forward, backward, why_forward + why_backward, masks)
 
 
 def check_tile(tile: tuple[int, int]) -> None:
@@ -89,6 +94,7 @@ class KernelProblem:
     device: Device
     precision: str
     countable: bool  # few enough steps to be counted
+    masks: int = 0  # of recurrent dropout: with one a gate, every gate has rows of its own
 
     @property
     def forward(self) -> bool:
@@ -97,17 +103,34 @@ class KernelProblem:
     @property
     def k(self) -> int:
         """Depth of the recurrent product."""
-        return self.spec.output(self.H) if self.forward else self.spec.gates * self.H
+        return self.spec.output(self.H) if self.forward else self.first_gates * self.H
+
+    @property
+    def first_gates(self) -> int:
+        """Gates in the recurrent product; where the reset comes before it, n has one of its own."""
+        return self.spec.gates if self.spec.reset_after else 2
+
+    @property
+    def segment(self) -> int:
+        """The run of that depth which one product goes through: with a mask for each gate, backward's are apart."""
+        return self.H if self.masks > 1 and not self.forward else self.k
+
+    @property
+    def row_factor(self) -> int:
+        """How often the rows of h are read: once, or for each gate."""
+        return self.masks if self.forward and self.masks > 1 else 1
 
     @property
     def k_r(self) -> int:
-        """Depth of the projection's product, 0 without one."""
+        """Depth of the second product, 0 without one."""
+        if not self.spec.reset_after:
+            return self.H
         return (self.H if self.forward else self.spec.proj) if self.spec.proj else 0
 
     @property
     def columns(self) -> int:
         """Columns of the product for each hidden unit."""
-        return _pow2(self.spec.gates) if self.forward else 1
+        return _pow2(self.first_gates) if self.forward else 1
 
     @property
     def kind(self) -> str:
@@ -244,7 +267,7 @@ def _schedule(
             return f"with tile {block_b}x{block_h} {too_large}"
 
     # Shared memory: the weights, the K tiles of the rows on their way, and what the sum over the K slices takes.
-    segment = H if local and not problem.forward else k  # a run of K that K tiles do not cross
+    segment = H if local and not problem.forward else problem.segment  # a run of K that K tiles do not cross
     slice_bytes = k // segment * _ceil(segment, block_k) * block_k * n * wide * itemsize
     slice_bytes += _ceil(k_r, block_k_r) * block_k_r * block_h * wide_r * itemsize
     row_tile = block_b * block_k * itemsize
@@ -284,6 +307,11 @@ def _schedule(
             block_b=block_b, k=k_r, n=block_h * wide_r, tiles=0, programs=n_h, how=how, resident=resident,
         )  # fmt: skip
         step = {name: us + projection.get(name, 0.0) for name, us in step.items()}
+    if "rows" in step:
+        step["rows"] *= problem.row_factor
+    for name in ("wait", "launch"):
+        if name in step:  # of the products above, and of layer normalisation
+            step[name] *= problem.spec.waits / (2 if k_r else 1)
     parts = tuple((name, us * waves * (1 if name in ("wait", "launch") else sharing)) for name, us in step.items())
     return KernelPlan(
         engine=engine,
@@ -321,7 +349,7 @@ def _product(problem: KernelProblem, engine: str, block_b: int, block_h: int, ti
         split_k = 1 if problem.forward or problem.scalar else max(1, min(4, block_h // 16))
         return Product(block_h, split_k, AHEAD, 1, 8 if block_b * block_h * tiles > 1024 else 4)
     if problem.scalar:  # FMA on operands in registers, and a short K tile, since it is unrolled
-        return Product(32 if problem.k >= 32 else 16, 1, AHEAD, 2, 8 if block_b * n * itemsize > 2048 else 4)
+        return Product(32 if problem.segment >= 32 else 16, 1, AHEAD, 2, 8 if block_b * n * itemsize > 2048 else 4)
     if block_b == 16:
         block_k, split_k, num_warps = 1024 // itemsize, 4, 4
     elif block_b == 32 and n < 32:
@@ -330,7 +358,7 @@ def _product(problem: KernelProblem, engine: str, block_b: int, block_h: int, ti
         block_k, split_k, num_warps = 128 // itemsize if block_b > 32 else 256 // itemsize, 1, 8
     if problem.k_r and engine == "resident" and split_k > 1:
         block_k //= 2  # the addresses of two products leave fewer registers for their tiles
-    block_k = min(block_k, max(16, _pow2(problem.k)))
+    block_k = min(block_k, max(16, _pow2(problem.segment)))
     stages = 3 if shared > 128 << 10 else 2
     if engine != "resident":
         while stages * block_k * (n + block_b) * itemsize > shared // 2 and block_k > 64:

@@ -65,6 +65,7 @@ class LaunchPlan:
     forward: KernelPlan
     backward: KernelPlan
     others: tuple[str, ...]  # what else was considered, in words
+    masks: int = 0  # by how many h[t-1] is multiplied: none, one, or one a gate
 
     @property
     def engine(self) -> str:
@@ -81,8 +82,8 @@ class LaunchPlan:
         dtype = str(self.dtype).removeprefix("torch.")
         if self.dtype == torch.float32:
             dtype += f" ({self.precision} products)"
-        name = f"{self.spec.cell} with h projected to {self.spec.proj}" if self.spec.proj else self.spec.cell
-        lines = [f"{name}, T={self.T}, B={self.B}, H={self.H}, {dtype} on {self.device.name}"]
+        lines = [f"{self.spec.cell}, T={self.T}, B={self.B}, H={self.H}, {dtype} on {self.device.name}"]
+        lines += [f"  {line}" for line in self._variant()]
         for kernel in (self.forward, self.backward):
             where = "on chip for the whole sequence" if kernel.resident else "read again at every step"
             parts = " + ".join(f"{us:.2f} {name}" for name, us in kernel.parts)
@@ -95,9 +96,45 @@ class LaunchPlan:
                 f"at most {kernel.shared_bytes / 1024:.0f} KiB of shared memory",
                 f"  estimated {kernel.step_us:.2f} us a step by the model, not measured: {parts}",
             ]
-            if self.spec.proj:
+            if self.spec.two_products:
                 lines.append(f"  a step is two products, the second of them in K tiles of {kernel.block_k_r}")
+            if self.spec.waits > 1 and kernel.engine != "local":
+                what = "launches" if kernel.engine == "step" else "times its programs wait for one another"
+                lines.append(f"  a step is {self.spec.waits} {what}")
             if kernel.tuned:
                 lines.append(f"  chosen by a search on such a GPU, where it took {kernel.measured_us:.2f} us a step")
         lines.append(f"the model's constants for this GPU: {self.device.constants}")
         return "\n".join([*lines, *self.others])
+
+    def _variant(self) -> list[str]:
+        """What differs from the plain cell, and what that costs a step."""
+        spec = self.spec
+        used = {
+            "activation": spec.activation if spec.cell == "rnn" or spec.activation != "tanh" else "tanh",
+            "recurrent_activation": spec.recurrent_activation,
+            "output_activation": spec.output_phi,
+        }
+        plain = {"activation": "tanh", "recurrent_activation": "sigmoid", "output_activation": spec.activation}
+        found = [f"{name}={used[name]}" for name in used if used[name] != plain[name]]
+        if spec.proj:
+            found.append(f"h projected to {spec.proj} columns: a second product, and a second wait")
+        if spec.peephole:
+            found.append(f"peepholes of the gates {', '.join(spec.peepholes)}")
+        if spec.coupled:
+            found.append("coupled gates, f = 1 - i: three gate rows instead of four")
+        if not spec.reset_after:
+            found.append("reset before the product: a second product, of r h[t-1], and a second wait")
+        found += [f"{name}={getattr(spec, name)}" for name in ("cell_clip", "gate_clip") if getattr(spec, name)]
+        if spec.keeps_preactivations:
+            found.append("gates are kept before their activation, and activated again in backward")
+        if spec.layer_norm:
+            what = "the recurrent product and c are" if spec.cell == "lstm" else "the recurrent product is"
+            times = "twice" if spec.cell == "lstm" else "once"
+            found.append(f"layer norm: {what} normalised, for which the row's sums go round the group {times} a step")
+        if spec.zoneout != (0.0, 0.0):
+            found.append(f"zoneout of h {spec.zoneout[0]}" + f", of c {spec.zoneout[1]}" * (spec.cell == "lstm"))
+        if self.masks == 1:
+            found.append("recurrent dropout with one mask: h is stored once more, masked")
+        elif self.masks:
+            found.append(f"recurrent dropout with {self.masks} masks: a product, and rows of h, of its own for each gate")
+        return found

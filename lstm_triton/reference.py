@@ -1,7 +1,8 @@
 """The oracle: every cell in eager PyTorch, written from the equations, any float dtype, differentiable to any order.
 
 It knows nothing of the kernels. The signatures are those of lstm_triton.functional; `engine`, `tile` and `memory` say
-how to compute and not what, so they are taken and not used.
+how to compute and not what, so they are taken and not used. The equations are in `_lstm_step`, `_gru_step` and
+`_rnn_step`; what goes on around a step, the states that it holds, zeroes or keeps, in `_scan`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,25 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import elu, linear, softplus
 
-from .spec import Activation, CellSpec, refuse_later_options
+from .philox import kept
+from .spec import EPSILON, Activation, CellSpec, activation_of
 
 #: What `memory` may be: keep for the backward pass what it reads, or compute it again there.
 MEMORY = ("store", "recompute")
+
+#: Weight and bias of one layer normalisation.
+Norm = tuple[Tensor, Tensor]
+
+#: The states, h and for the LSTM c, each [B, P or H].
+State = tuple[Tensor, ...]
+
+#: x's part of the pre-activations of one step [B, G*H], and the state before it -> the state after it.
+Step = Callable[[Tensor, State], State]
+
+#: h, and which gates (first, past the last) -> their recurrent part of the pre-activations.
+Recurrent = Callable[..., Tensor]
 
 
 def lstm(
@@ -24,7 +38,9 @@ def lstm(
     peephole: Tensor | None = None, coupled: bool = False, w_hr: Tensor | None = None,
     activation: Activation = "tanh", recurrent_activation: Activation = "sigmoid",
     output_activation: Activation | None = None, cell_clip: float | None = None, gate_clip: float | None = None,
-    input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None, lengths: Tensor | None = None,
+    input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None,
+    norm_ih: Norm | None = None, norm_hh: Norm | None = None, norm_c: Norm | None = None,
+    zoneout: float | tuple[float, float] = 0.0, seed: Tensor | None = None, lengths: Tensor | None = None,
     mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False, return_cells: bool = False,
     memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -34,27 +50,29 @@ def lstm(
     with return_cells all c[t], [T, B, H]. With w_hr [P, H], h[t] = W_hr (o tanh(c[t])): h0, y, h_n have P columns, and
     so has w_hh. lengths [B], mask and reset [T, B]: see `step_masks`.
 
-    Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget", 2000; w_hr: Sak et
-    al., "Long short-term memory based recurrent neural network architectures", 2014.
+    peephole [3, H], of i, f and o: i and f read c[t-1] too, o reads c[t]. coupled: f = 1 - i, three gates i, g, o, and
+    peephole is [2, H]. gate_clip bounds the pre-activations, cell_clip c[t]. input_mask [B, I] or [4, B, I] and
+    recurrent_mask [B, P] or [4, B, P], for all gates or for each, multiply x[t] and h[t-1]. norm_ih, norm_hh [4H] and
+    norm_c [H], each a weight and a bias: W_ih x[t] and W_hh h[t-1] are normalised, and so is c[t], which the next step
+    reads and c_n and the cells show as normalised; cell_clip and o's peephole come before that. zoneout, of h and c:
+    see `_zoneout`.
+
+    Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget", 2000. w_hr: Sak et
+    al., "Long short-term memory based recurrent neural network architectures", 2014. peephole: Gers and Schmidhuber,
+    "Recurrent nets that time and count", 2000. coupled: Greff et al., "LSTM: a search space odyssey", 2017. Masks: Gal
+    and Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016. Norms: Ba et
+    al., "Layer normalization", 2016, the carried cell normalised as in PyTorch's custom-LSTM benchmark.
     """
-    CellSpec("lstm", activation)
-    refuse_later_options(
-        peephole=peephole, coupled=coupled, recurrent_activation=recurrent_activation,
-        output_activation=output_activation, cell_clip=cell_clip, gate_clip=gate_clip, input_mask=input_mask,
-        recurrent_mask=recurrent_mask,
+    spec = CellSpec(
+        "lstm", activation, b_ih is not None or b_hh is not None, 0 if w_hr is None else w_hr.shape[0],
+        recurrent_activation, output_activation, peephole is not None, coupled, cell_clip=cell_clip,
+        gate_clip=gate_clip, layer_norm=_normalised(norm_ih=norm_ih, norm_hh=norm_hh, norm_c=norm_c), zoneout=zoneout,
     )  # fmt: skip
-    check_memory(memory)
-
-    def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        h, c = state
-        i, f, g, o = (x_t + linear(h, w_hh, b_hh)).chunk(4, dim=-1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        return h if w_hr is None else linear(h, w_hr), c
-
-    state = (_initial(h0, x, w_hh.shape[1]), _initial(c0, x, w_hh.shape[0] // 4))
-    (y, cells), (h_n, c_n) = _scan(step, x, w_ih, b_ih, state, lengths, mask, reset, reverse)
-    return (y, h_n, c_n, cells) if return_cells else (y, h_n, c_n)
+    outputs = _run(
+        spec, memory, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, peephole, norm_ih, norm_hh, norm_c, input_mask,
+        recurrent_mask, lengths, mask, reset, seed, reverse, return_cells,
+    )  # fmt: skip
+    return outputs if return_cells else outputs[:3]
 
 
 def gru(
@@ -62,56 +80,79 @@ def gru(
     b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
     reset_after: bool = True, activation: Activation = "tanh", recurrent_activation: Activation = "sigmoid",
     gate_clip: float | None = None, input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None,
+    norm_ih: Norm | None = None, norm_hh: Norm | None = None, zoneout: float = 0.0, seed: Tensor | None = None,
     lengths: Tensor | None = None, mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False,
     memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """n = tanh(x_n + r (W_hn h[t-1] + b_hn)), h[t] = (1 - z) n + z h[t-1]; gates r, z, n. Shapes: lstm's, 3H for 4H.
 
-    Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014, with the reset after the product.
+    With reset_after=False, n = tanh(x_n + W_hn (r h[t-1]) + b_hn). Options as `lstm`.
+
+    Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014.
     """
-    CellSpec("gru", activation)
-    refuse_later_options(
-        reset_after=reset_after, recurrent_activation=recurrent_activation, gate_clip=gate_clip, input_mask=input_mask,
-        recurrent_mask=recurrent_mask,
+    spec = CellSpec(
+        "gru", activation, b_ih is not None or b_hh is not None, recurrent_activation=recurrent_activation,
+        reset_after=reset_after, gate_clip=gate_clip, layer_norm=_normalised(norm_ih=norm_ih, norm_hh=norm_hh),
+        zoneout=zoneout,
     )  # fmt: skip
-    check_memory(memory)
-
-    def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (h,) = state
-        x_r, x_z, x_n = x_t.chunk(3, dim=-1)
-        h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, dim=-1)
-        z = (x_z + h_z).sigmoid()
-        n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
-        return ((1 - z) * n + z * h,)
-
-    state = (_initial(h0, x, w_hh.shape[1]),)
-    (y,), (h_n,) = _scan(step, x, w_ih, b_ih, state, lengths, mask, reset, reverse)
-    return y, h_n
+    return _run(
+        spec, memory, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, None, norm_ih, norm_hh, None, input_mask,
+        recurrent_mask, lengths, mask, reset, seed, reverse, False,
+    )[:2]  # fmt: skip
 
 
 def rnn(
     x: Tensor, h0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
     b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
     activation: Activation = "tanh", gate_clip: float | None = None, input_mask: Tensor | None = None,
-    recurrent_mask: Tensor | None = None, lengths: Tensor | None = None, mask: Tensor | None = None,
+    recurrent_mask: Tensor | None = None, norm_ih: Norm | None = None, norm_hh: Norm | None = None,
+    zoneout: float = 0.0, seed: Tensor | None = None, lengths: Tensor | None = None, mask: Tensor | None = None,
     reset: Tensor | None = None, reverse: bool = False,
     memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """h[t] = activation(W_ih x[t] + b_ih + W_hh h[t-1] + b_hh), "tanh" or "relu". Shapes: lstm's, H for 4H.
+    """h[t] = activation(W_ih x[t] + b_ih + W_hh h[t-1] + b_hh). Shapes: lstm's, H for 4H. Options as `lstm`.
 
     Elman, "Finding structure in time", 1990.
     """
-    CellSpec("rnn", activation)
-    refuse_later_options(gate_clip=gate_clip, input_mask=input_mask, recurrent_mask=recurrent_mask)
-    check_memory(memory)
-    phi = torch.tanh if activation == "tanh" else torch.relu
+    spec = CellSpec(
+        "rnn", activation, b_ih is not None or b_hh is not None, gate_clip=gate_clip,
+        layer_norm=_normalised(norm_ih=norm_ih, norm_hh=norm_hh), zoneout=zoneout,
+    )  # fmt: skip
+    return _run(
+        spec, memory, x, h0, None, w_ih, w_hh, b_ih, b_hh, None, None, norm_ih, norm_hh, None, input_mask,
+        recurrent_mask, lengths, mask, reset, seed, reverse, False,
+    )[:2]  # fmt: skip
 
-    def step(x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (phi(x_t + linear(state[0], w_hh, b_hh)),)
 
-    state = (_initial(h0, x, w_hh.shape[1]),)
-    (y,), (h_n,) = _scan(step, x, w_ih, b_ih, state, lengths, mask, reset, reverse)
-    return y, h_n
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation, a name or (name, alpha, beta), of x of any shape. See spec.ACTIVATIONS."""
+    name, alpha, beta = activation_of(activation)
+    match name:
+        case "tanh":
+            return x.tanh()
+        case "sigmoid":
+            return x.sigmoid()
+        case "relu":
+            return x.relu()
+        case "hard_sigmoid":
+            return (alpha * x + beta).clamp(0, 1)
+        case "linear":
+            return x
+        case "affine":
+            return alpha * x + beta
+        case "elu":
+            return elu(x, alpha)
+        case "leaky_relu":
+            return torch.where(x > 0, x, alpha * x)
+        case "scaled_tanh":
+            return alpha * (beta * x).tanh()
+        case "softplus":
+            return softplus(x, threshold=40)  # above it x, which float64 cannot tell apart
+        case "softsign":
+            return x / (1 + x.abs())
+        case "thresholded_relu":
+            return torch.where(x <= alpha, 0, x)  # this way round NaN stays NaN
+    raise AssertionError(name)
 
 
 def check_memory(memory: str) -> None:
@@ -136,54 +177,210 @@ def step_masks(
 
 
 def sequence(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None, w_hr: Tensor | None, lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None,
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor | None, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None, seed: Tensor | None,
     *, spec: CellSpec, reverse: bool, return_cells: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The cell that `spec` names, with every tensor that some cell takes -> y, h_n, c_n or None, cells or None."""
-    options = {"lengths": lengths, "mask": mask, "reset": reset, "reverse": reverse}
+    """The cell that `spec` names, with every tensor that some cell takes -> y, h_n, c_n or None, cells or None.
+
+    Without w_ih, x is its finished part of the pre-activations, [T, B, G*H]. params [K, H]: see CellSpec.rows; the bias
+    of the recurrent product's normalisation is in b_hh.
+    """
+    if w_ih is not None:
+        x = _input_part(x, w_ih, b_ih, None, None, lengths, mask)
+    H = w_hh.shape[0] // spec.gates
+    rows = {} if params is None else dict(zip(spec.rows, params.unbind(0), strict=True))
+
+    def recurrent(h: Tensor, first: int = 0, last: int = spec.gates) -> Tensor:
+        gates = slice(first * H, last * H)
+        bias = None if b_hh is None else b_hh[gates]
+        factors = recurrent_mask if recurrent_mask is None or recurrent_mask.dim() == 2 else recurrent_mask[first:last]
+        if not spec.layer_norm:
+            return _product(h, w_hh[gates], bias, factors)
+        weight = torch.cat([rows[f"norm_hh.{gate}"] for gate in spec.gate_names])
+        return _normalise(_product(h, w_hh[gates], None, factors), weight, bias)
+
     if spec.cell == "lstm":
-        outputs = lstm(
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh,
-            w_hr=w_hr, activation=spec.activation, return_cells=return_cells, **options,
-        )  # fmt: skip
+        step = _lstm_step(spec, recurrent, rows, w_hr)
     else:
-        function = {"gru": gru, "rnn": rnn}[spec.cell]
-        outputs = function(x, h0, w_ih, w_hh, b_ih, b_hh, activation=spec.activation, **options)
-    return (*outputs, None, None)[:4]
+        step = {"gru": _gru_step, "rnn": _rnn_step}[spec.cell](spec, recurrent)
+    columns = (w_hh.shape[1], H)
+    state = tuple(
+        x.new_zeros(x.shape[1], n) if s is None else s
+        for s, n in zip((h0, c0)[: len(spec.states)], columns, strict=False)
+    )
+    keep = _zoneout(spec.zoneout, seed, x.shape[0], state)
+    outputs, state = _scan(step, keep, x, state, *step_masks(x, lengths, mask, reset), reverse)
+    if spec.cell != "lstm":
+        return outputs[0], state[0], None, None
+    return outputs[0], *state, outputs[1] if return_cells else None
 
 
-def _initial(given: Tensor | None, x: Tensor, columns: int) -> Tensor:
-    return x.new_zeros(x.shape[1], columns) if given is None else given
+def _lstm_step(spec: CellSpec, recurrent: Recurrent, rows: dict[str, Tensor], w_hr: Tensor | None) -> Step:
+    def gate(a: Tensor) -> Tensor:
+        return activate(_clip(a, spec.gate_clip), spec.recurrent_activation)
+
+    def step(x_t: Tensor, state: State) -> State:
+        h, c = state
+        a = dict(zip(spec.gate_names, (x_t + recurrent(h)).chunk(spec.gates, dim=-1), strict=True))
+        for name in spec.peepholes[:-1]:
+            a[name] = a[name] + rows[f"peephole.{name}"] * c
+        i = gate(a["i"])
+        f = 1 - i if spec.coupled else gate(a["f"])
+        g = activate(_clip(a["g"], spec.gate_clip), spec.activation)
+        made = _clip(f * c + i * g, spec.cell_clip)
+        o = gate(a["o"] + rows["peephole.o"] * made if spec.peephole else a["o"])
+        c = _normalise(made, rows["norm_c.weight"], rows["norm_c.bias"]) if spec.layer_norm else made
+        h = o * activate(c, spec.output_phi)
+        return h if w_hr is None else linear(h, w_hr), c
+
+    return step
+
+
+def _gru_step(spec: CellSpec, recurrent: Recurrent) -> Step:
+    def step(x_t: Tensor, state: State) -> State:
+        (h,) = state
+        x_rz, x_n = x_t.tensor_split([2 * x_t.shape[-1] // 3], dim=-1)
+        if spec.reset_after:
+            h_rz, h_n = recurrent(h).tensor_split([x_rz.shape[-1]], dim=-1)
+        else:
+            h_rz = recurrent(h, 0, 2)
+        r, z = activate(_clip(x_rz + h_rz, spec.gate_clip), spec.recurrent_activation).chunk(2, dim=-1)
+        a_n = x_n + (r * h_n if spec.reset_after else recurrent(r * h, 2, 3))
+        n = activate(_clip(a_n, spec.gate_clip), spec.activation)
+        return ((1 - z) * n + z * h,)
+
+    return step
+
+
+def _rnn_step(spec: CellSpec, recurrent: Recurrent) -> Step:
+    def step(x_t: Tensor, state: State) -> State:
+        return (activate(_clip(x_t + recurrent(state[0]), spec.gate_clip), spec.activation),)
+
+    return step
+
+
+def _zoneout(
+    probabilities: tuple[float, float], seed: Tensor | None, steps: int, state: State
+) -> Callable[[int, State, State], State]:
+    """(t, state before step t, state that the step made) -> the state after it.
+
+    With a seed each element of a state stays what it was with the probability, see `kept`; without one it is what it
+    would then be on average.
+
+    Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations", 2017.
+    """
+    draws: list[Tensor | None] = [None] * len(state)
+    if seed is not None:
+        t = torch.arange(steps, device=seed.device)[:, None, None]
+        draws = [
+            kept(seed, t, *s.shape, p, word) if p else None
+            for word, (s, p) in enumerate(zip(state, probabilities, strict=False))
+        ]
+
+    def after(t: int, olds: State, news: State) -> State:
+        mixed = []
+        for old, new, p, drawn in zip(olds, news, probabilities, draws, strict=False):
+            if p == 0:
+                mixed.append(new)
+            else:
+                mixed.append(p * old + (1 - p) * new if drawn is None else torch.where(drawn[t], old, new))
+        return tuple(mixed)
+
+    return after
+
+
+def _clip(value: Tensor, bound: float | None) -> Tensor:
+    return value if bound is None else value.clamp(-bound, bound)
+
+
+def _normalise(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Over all columns of each row of [..., N], weight and bias [N]."""
+    variance, mean = torch.var_mean(value, dim=-1, correction=0, keepdim=True)
+    return (value - mean) * (variance + EPSILON).rsqrt() * weight + bias
+
+
+def _product(value: Tensor, w: Tensor, bias: Tensor | None, factors: Tensor | None) -> Tensor:
+    """W (factors value) + bias: value [..., B, N], w [G*H, N], factors [B, N], or [G, B, N] with its own for a gate."""
+    if factors is None or factors.dim() == 2:
+        return linear(value if factors is None else value * factors, w, bias)
+    gates = zip(factors, w.chunk(len(factors)), strict=True)
+    product = torch.cat([linear(value * own, w_gate) for own, w_gate in gates], dim=-1)
+    return product if bias is None else product + bias
+
+
+def _input_part(
+    x: Tensor, w_ih: Tensor, b_ih: Tensor | None, input_mask: Tensor | None, norm_ih: Norm | None,
+    lengths: Tensor | None, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What x [T, B, I] gives to the pre-activations of all steps, [T, B, G*H], zeros taken where none counts."""
+    counts, _ = step_masks(x, lengths, mask, None)
+    if counts is not None:
+        x = x.masked_fill(~counts[..., None], 0)
+    if norm_ih is None:
+        return _product(x, w_ih, b_ih, input_mask)
+    normalised = _normalise(_product(x, w_ih, None, input_mask), *norm_ih)
+    return normalised if b_ih is None else normalised + b_ih
+
+
+def _normalised(**norms: Norm | None) -> bool:
+    """Whether they are given. ValueError for some without the others."""
+    missing = [name for name, norm in norms.items() if norm is None]
+    if 0 < len(missing) < len(norms):
+        raise ValueError(f"{', '.join(norms)} go together, each a pair (weight, bias): got no {', '.join(missing)}")
+    return not missing
+
+
+def _run(
+    spec: CellSpec, memory: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+    b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, peephole: Tensor | None, norm_ih: Norm | None,
+    norm_hh: Norm | None, norm_c: Norm | None, input_mask: Tensor | None, recurrent_mask: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None, seed: Tensor | None, reverse: bool,
+    return_cells: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """`sequence`, from the tensors as the public functions take them."""
+    check_memory(memory)
+    x = _input_part(x, w_ih, b_ih, input_mask, norm_ih, lengths, mask)
+    H = w_hh.shape[0] // spec.gates
+    rows = [] if peephole is None else [peephole]
+    if norm_hh is not None:
+        weight, bias = norm_hh
+        rows.append(weight.reshape(-1, H))
+        b_hh = bias if b_hh is None else b_hh + bias
+    rows += [] if norm_c is None else [row[None] for row in norm_c]
+    return sequence(
+        x, h0, c0, None, w_hh, None, b_hh, w_hr, torch.cat(rows) if rows else None, recurrent_mask,
+        lengths, mask, reset, seed, spec=spec, reverse=reverse, return_cells=return_cells,
+    )  # fmt: skip
 
 
 def _scan(
-    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
-    x: Tensor, w_ih: Tensor, b_ih: Tensor | None, state: tuple[Tensor, ...],
-    lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None, reverse: bool,
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:  # fmt: skip
-    """Run `step` over the input product of x [T, B, I], last step first if reverse.
+    step: Step, keep: Callable[[int, State, State], State], x: Tensor, state: State, counts: Tensor | None,
+    zeroed: Tensor | None, reverse: bool,
+) -> tuple[list[Tensor], State]:  # fmt: skip
+    """Run `step` and `keep` over the input's part x [T, B, G*H], last step first if reverse. Masks: see `step_masks`.
 
     Returns what each state [B, ...] was after each step [T, B, ...], zero where the step does not count, and the last.
     """
     T = x.shape[0]
-    counts, zeroed = step_masks(x, lengths, mask, reset)
     skipped = None if counts is None else ~counts[..., None]
     zeroed = None if zeroed is None else zeroed[..., None]
     if skipped is not None:
         x = x.masked_fill(skipped, 0)
-    inputs = [[None] * T if m is None else m.unbind(0) for m in (linear(x, w_ih, b_ih), skipped, zeroed)]
-    steps = list(zip(*inputs, strict=True))
+    inputs = [[None] * T if m is None else m.unbind(0) for m in (x, skipped, zeroed)]
+    steps = list(zip(range(T), *inputs, strict=True))
     outputs = []
-    for x_t, skipped_t, zeroed_t in reversed(steps) if reverse else steps:
+    for t, x_t, skipped_t, zeroed_t in reversed(steps) if reverse else steps:
         if zeroed_t is not None:
             state = tuple(s.masked_fill(zeroed_t, 0) for s in state)
         if skipped_t is None:
-            state = step(x_t, state)
+            state = keep(t, state, step(x_t, state))
             outputs.append(state)
         else:
             # A step that does not count runs on zeros, so that its gradients are zeros too, whatever state it holds.
-            stepped = step(x_t, tuple(s.masked_fill(skipped_t, 0) for s in state))
+            zeros = tuple(s.masked_fill(skipped_t, 0) for s in state)
+            stepped = keep(t, zeros, step(x_t, zeros))
             state = tuple(torch.where(skipped_t, s, new) for s, new in zip(state, stepped, strict=True))
             outputs.append(tuple(new.masked_fill(skipped_t, 0) for new in stepped))
     if not outputs:
