@@ -1,1 +1,4 @@
-"""Device code. Imports triton only. Read in this order: activations, cells, sync, product, sequence."""
+"""Device code. Imports triton only.
+
+Read in this order: activations, cells, sync, product, tiles, forward, backward; then norm, zoneout.
+"""

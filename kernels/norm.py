@@ -77,7 +77,7 @@ def normalise(tiles, mean, scale, masks_n, GATES: tl.constexpr):
 
 @triton.jit
 def own_gradient_sums(dnormal, normal):
-    """Of each row over this program's columns: the sum of the gradients by the normalised values, and of their products."""
+    """Of each row over this program's columns: the sum of dnormal, and of dnormal times the normalised values."""
     first = tl.sum(dnormal[0], 1)
     second = tl.sum(dnormal[0] * normal[0], 1)
     for tile in tl.static_range(1, len(dnormal)):

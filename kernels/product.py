@@ -89,7 +89,8 @@ def sum_slices(acc, BLOCK_B: tl.constexpr, N: tl.constexpr, SPLIT_K: tl.constexp
 @triton.jit
 def product_from_memory(
     rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE: tl.constexpr,
-    PART: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    PART: tl.constexpr,
+    K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -164,11 +165,12 @@ def product_from_registers(
 @triton.jit
 def product(
     rows, rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE: tl.constexpr,
-    PART: tl.constexpr, LOCAL: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr,
+    PART: tl.constexpr,
+    LOCAL: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tile TILE of rows times weights, whose rows begin at segment PART: LOCAL from this program's own `rows`, else from the group's at rows_ptr."""
+    """Tile TILE of rows times the weights from segment PART on: LOCAL from the program's own `rows`, else the group's."""
     if LOCAL:
         return product_from_registers(
             rows, column_ptrs, masks_n, stride_k, resident, TILE, PART,

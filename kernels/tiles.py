@@ -87,6 +87,17 @@ def load_params(ptr, units, masks_n, PARAMS: tl.constexpr, H: tl.constexpr, ACC:
 
 
 @triton.jit
+def load_masks(mask_ptr, first_b, B, h_own, h_masks, MASKS: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
+    """mask [MASKS, B, P]: mask by mask, one tile for each of this program's tiles of h."""
+    tiles = ()
+    for mask in tl.static_range(MASKS):
+        base_ptr = mask_ptr + (mask * B.to(tl.int64) + first_b) * P
+        for tile in tl.static_range(len(h_own)):
+            tiles = tiles + (tl.load(base_ptr + h_own[tile], mask=h_masks[tile], other=0.0).to(ACC),)
+    return tiles
+
+
+@triton.jit
 def part_of(tiles, PART: tl.constexpr, COUNT: tl.constexpr):
     """tiles[PART * COUNT :][:COUNT]"""
     found = ()

@@ -16,12 +16,14 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from .devices import INTERPRETER, Device, device_like
-from .kernels import cells, sequence, sync
+from .kernels import cells, sync
+from .kernels.backward import sequence_backward
+from .kernels.forward import sequence_forward
 from .plans import KernelPlan, LaunchPlan
 from .spec import EPSILON, CellSpec, activation_of
 
 #: True where TRITON_INTERPRET=1 was set when triton was imported: kernels run on the CPU, one program after another.
-INTERPRETED = isinstance(sequence.sequence_forward, InterpretedFunction)
+INTERPRETED = isinstance(sequence_forward, InterpretedFunction)
 
 #: How often a program looks for a missing tile before it gives up: some ten seconds on a GPU, some seconds interpreted.
 POLLS = 1 << 14 if INTERPRETED else 1 << 24
@@ -34,7 +36,7 @@ _STATES_CONSTANTS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= 
 
 
 class Options(NamedTuple):
-    """O of the kernels: what a cell's functions and the sequence kernels have to know of a CellSpec."""
+    """OPT of the kernels: what a cell's functions and the sequence kernels have to know of a CellSpec."""
 
     has_c: bool  # a cell state beside h
     activation: tuple[str, float, float]
@@ -197,7 +199,8 @@ def forward(
     training: bool,
     save_states: bool = False,
 ) -> Forward:
-    """Run the forward kernel. gates [T, B, G*H] holds the input product; in training it comes back as backward reads it.
+    """Run the forward kernel. gates [T, B, G*H] holds the input product; in training it comes back as backward reads
+    it.
 
     params [K, H]: the rows that spec.rows names. mask [plan.masks, B, P]: what h[t-1] is multiplied by. steps [T, B]
     says which steps count and which begin anew (spec.VALID, spec.RESET). seed [1] int64: zoneout draws. save_states
@@ -205,7 +208,7 @@ def forward(
     """
     T, B, _ = gates.shape
     spec, kernel = plan.spec, plan.forward
-    save_gates, save_extra = saves(spec)
+    _, save_extra = saves(spec)
     save_extra = (training and save_extra) or (save_states and c0 is not None)
     save_norm = training and spec.layer_norm
     high = _accumulator(gates.dtype)
@@ -219,14 +222,14 @@ def forward(
     flags = {"REVERSE": reverse, "MASKED": steps is not None, "SAVE_EXTRA": save_extra}
     constants = _constants(plan, kernel, training, seed is not None) | flags
     tensors = (
-        gates, w_hh, b_hh, w_hr, params, mask, steps, seed if constants["O"].random else None, h0, h, state, extra,
+        gates, w_hh, b_hh, w_hr, params, mask, steps, seed if constants["OPT"].random else None, h0, h, state, extra,
         rows, _dropped(plan, h, h0, mask, reverse), normed, stats, *_exchange(plan, kernel, gates),
     )  # fmt: skip
     with _synchronisation(kernel, gates) as waiting:
         for first, count in _launches(kernel, T):
             start = T - 1 - first if reverse else first
             sizes = (count, B, start, int(first > 0))
-            _run(sequence.sequence_forward, kernel, (*tensors, *waiting), sizes, constants)
+            _run(sequence_forward, kernel, (*tensors, *waiting), sizes, constants)
     return Forward(h, state, extra, normed, stats)
 
 
@@ -268,13 +271,13 @@ def backward(
     constants = _constants(plan, kernel, True, seed is not None) | flags
     tensors = (
         dy, dcells, gates, states, state0, extra, normed, stats, w_hh, w_hr, params, mask, steps,
-        seed if constants["O"].random else None, da, dh_all, dh_n, dstate_n, dparams, *_exchange(plan, kernel, dy),
+        seed if constants["OPT"].random else None, da, dh_all, dh_n, dstate_n, dparams, *_exchange(plan, kernel, dy),
     )  # fmt: skip
     with _synchronisation(kernel, dy) as waiting:
         for first, count in _launches(kernel, T):
             start = first if reverse else T - 1 - first
             sizes = (count, B, start, first_step, int(first > 0), int(first + count == T))
-            _run(sequence.sequence_backward, kernel, (*tensors, *waiting), sizes, constants)
+            _run(sequence_backward, kernel, (*tensors, *waiting), sizes, constants)
     return Backward(da, dh_n, dstate_n, dh_all)
 
 
@@ -316,13 +319,13 @@ def compile_ahead(
     options. Not under TRITON_INTERPRET=1.
     """
     kernel_plan: KernelPlan = getattr(plan, direction)
-    kernel = sequence.sequence_forward if direction == "forward" else sequence.sequence_backward
+    kernel = sequence_forward if direction == "forward" else sequence_backward
     constants = _constants(plan, kernel_plan, training, random) | {"REVERSE": reverse, "MASKED": masked}
     if direction == "forward":
         constants["SAVE_EXTRA"] |= cells
     else:
         constants["HAS_DCELLS"] = cells
-    O: Options = constants["O"]  # noqa: E741
+    opt: Options = constants["OPT"]
     high = str(_TRITON_DTYPES[_accumulator(plan.dtype)])
     types = {"counter_ptr": "i32", "error_ptr": "i32", "steps_ptr": "u8", "seed_ptr": "i64"}
     in_high = ("state_ptr", "dh_ptr", "dstate_ptr", "stats_ptr", "sums_ptr", "scratch_ptr", "dparams_ptr")
@@ -332,19 +335,19 @@ def compile_ahead(
     local, saved = constants["LOCAL"], constants["SAVE_GATES"] or not forward
     absent = {
         "b_hh_ptr": forward and not constants["HAS_BIAS"],
-        "w_hr_ptr": not O.projected,
-        "params_ptr": not O.params,
-        "mask_ptr": not O.masks,
+        "w_hr_ptr": not opt.projected,
+        "params_ptr": not opt.params,
+        "mask_ptr": not opt.masks,
         "steps_ptr": not constants["MASKED"],
-        "seed_ptr": not O.random,
-        "r_ptr": not O.two_products,
-        "drop_ptr": not O.masks or local,
-        "normed_ptr": not (O.norm and saved),
-        "stats_ptr": not (O.norm and saved),
-        "sums_ptr": not O.norm or local,
-        "scratch_ptr": not O.norm or kernel_plan.engine != "step",
-        "dh_all_ptr": not O.projected,
-        "dparams_ptr": not O.dparams,
+        "seed_ptr": not opt.random,
+        "r_ptr": not opt.two_products,
+        "drop_ptr": not opt.masks or local,
+        "normed_ptr": not (opt.norm and saved),
+        "stats_ptr": not (opt.norm and saved),
+        "sums_ptr": not opt.norm or local,
+        "scratch_ptr": not opt.norm or kernel_plan.engine != "step",
+        "dh_all_ptr": not opt.projected,
+        "dparams_ptr": not opt.dparams,
         "dcells_ptr": not forward and not constants["HAS_DCELLS"],
         "extra_ptr": not constants["SAVE_EXTRA"],
         "gates_ptr": not forward and not constants["SAVE_GATES"],
@@ -352,7 +355,7 @@ def compile_ahead(
         "error_ptr": not constants["SYNC"],
     }
     constants |= dict.fromkeys(name for name in kernel.arg_names if absent.get(name))
-    constants |= parts(kernel_plan, O)[part]
+    constants |= parts(kernel_plan, opt)[part]
     return compile_kernel(kernel, types, constants, plan.device.capability, _options(kernel_plan))
 
 
@@ -389,7 +392,7 @@ def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool, random: boo
     save_gates, save_extra = saves(spec)
     storage = _TRITON_DTYPES[plan.dtype]
     constants: dict[str, Any] = {
-        "O": options(spec, plan.masks, random),
+        "OPT": options(spec, plan.masks, random),
         "G": spec.gates,
         "H": plan.H,
         "P": spec.output(plan.H),
@@ -447,19 +450,19 @@ def _launches(kernel: KernelPlan, T: int) -> Iterator[tuple[int, int]]:
         yield 0, T
 
 
-def parts(plan: KernelPlan, O: Options) -> list[dict[str, bool]]:  # noqa: E741
+def parts(plan: KernelPlan, opt: Options) -> list[dict[str, bool]]:
     """Which parts of a step each launch does: all in one, but where programs cannot wait between two of them."""
     names = ("PRODUCT", "CELLS", "OUTPUTS", "SECOND")
     if plan.engine != "step":
         launches = [names]
     elif plan.direction == "forward":
         launches = [["PRODUCT"]]
-        for name, apart in (("CELLS", O.norm), ("OUTPUTS", O.norm and O.has_c), ("SECOND", O.two_products)):
+        for name, apart in (("CELLS", opt.norm), ("OUTPUTS", opt.norm and opt.has_c), ("SECOND", opt.two_products)):
             launches += [[]] if apart else []
             launches[-1].append(name)
     else:
         launches = [["PRODUCT"]]
-        for name, apart in (("SECOND", O.two_products), ("CELLS", O.norm and O.has_c), ("OUTPUTS", O.norm)):
+        for name, apart in (("SECOND", opt.two_products), ("CELLS", opt.norm and opt.has_c), ("OUTPUTS", opt.norm)):
             launches += [[]] if apart else []
             launches[-1].append(name)
     return [{name: name in launch for name in names} for launch in launches]
@@ -473,7 +476,7 @@ def _run(
     constants: dict[str, Any],
 ) -> None:
     with _one_at_a_time:
-        for part in parts(plan, constants["O"]):
+        for part in parts(plan, constants["OPT"]):
             for first_group in range(0, plan.n_b, plan.groups_at_once):
                 groups = min(plan.groups_at_once, plan.n_b - first_group)
                 kernel[(groups * plan.n_h,)](*tensors, *sizes, first_group, **constants, **part, **_options(plan))

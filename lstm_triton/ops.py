@@ -98,9 +98,7 @@ class Run:
         return self.cell, self.reverse, self.engine, list(self.tile or ())
 
 
-def plan_for(
-    spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None, masks: int = 0
-) -> LaunchPlan:
+def plan_for(spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None, masks: int = 0) -> LaunchPlan:
     """The plan for x [T, B, any] where it lives. fp32 products follow torch's switch for cuDNN's RNNs."""
     T, B, _ = x.shape
     return make_plan(
@@ -263,8 +261,8 @@ def _backward(
     steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int], bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0, dc0 (empty without c0), dh_all [T, B, P] by the
-    projected h (empty without w_hr), and dparams [B, options.dparams, H] by params and, normalised, b_hh, in the accumulator's dtype
-    (or empty).
+    projected h (empty without w_hr), and dparams [B, options.dparams, H] by params and, normalised, b_hh, in the
+    accumulator's dtype (or empty).
     """
     spec = CellSpec.parse(cell).of_tensors(bias, 0 if w_hr is None else w_hr.shape[0])
     H = w_hh.shape[0] // spec.gates

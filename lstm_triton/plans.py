@@ -136,5 +136,7 @@ class LaunchPlan:
         if self.masks == 1:
             found.append("recurrent dropout with one mask: h is stored once more, masked")
         elif self.masks:
-            found.append(f"recurrent dropout with {self.masks} masks: a product, and rows of h, of its own for each gate")
+            found.append(
+                f"recurrent dropout with {self.masks} masks: a product, and rows of h, of its own for each gate"
+            )
         return found

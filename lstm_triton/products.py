@@ -83,9 +83,8 @@ def remade(
         a += product
     if spec.cell == "lstm":
         _finish_lstm(spec, by_gate, c, c_before, stats, weights)
-    if not spec.keeps_preactivations:
-        for name, gate in zip(spec.gate_names, by_gate, strict=True):
-            gate.copy_(kept_gate(spec, gate, _activation(spec, name)))
+    for name, gate in zip(spec.gate_names, by_gate, strict=True):
+        gate.copy_(kept_gate(spec, gate, _activation(spec, name)))
     return Kept(a.to(x.dtype), extra, None if normed is None else normed.to(x.dtype), stats)
 
 
@@ -117,12 +116,11 @@ def opened(spec: CellSpec, a: Tensor, activation: Activation) -> Tensor:
 
 def kept_gate(spec: CellSpec, a: Tensor, activation: Activation) -> Tensor:
     """What the kernels keep of a gate (kernels/cells.py, `keep`), from its pre-activation."""
-    if spec.keeps_preactivations:
-        return a
-    value = opened(spec, a, activation)
+    kept = a if spec.keeps_preactivations else opened(spec, a, activation)
     if spec.gate_clip is None:
-        return value
-    return torch.where(a.abs() > spec.gate_clip, 2 * a.sign(), value)
+        return kept
+    mark = 2 * spec.gate_clip if spec.keeps_preactivations else 2
+    return torch.where(a.abs() > spec.gate_clip, mark * a.sign(), kept)
 
 
 def reopened(spec: CellSpec, kept: Tensor, activation: Activation) -> Tensor:
@@ -310,13 +308,13 @@ def _rows(tensor: Tensor) -> Tensor:
 def _by_input_product(spec: CellSpec, da: Tensor) -> Tensor:
     """The slots of da by the input product."""
     D, _ = launch.slots(spec)
-    return da if D == spec.gates else da[..., : da.shape[-1] // D * spec.gates]
+    return da if spec.gates == D else da[..., : da.shape[-1] // D * spec.gates]
 
 
 def by_recurrent_product(spec: CellSpec, da: Tensor) -> Tensor:
     """The slots of da by the recurrent product, in torch.nn's order."""
     D, first = launch.slots(spec)
-    return da if D == spec.gates else da[..., da.shape[-1] // D * first :]
+    return da if spec.gates == D else da[..., da.shape[-1] // D * first :]
 
 
 def _in_gate_order(spec: CellSpec, by_x: Tensor) -> Tensor:
@@ -340,4 +338,3 @@ def carries(steps: Tensor) -> Tensor:
 def masked(tensor: Tensor, steps: Tensor | None) -> Tensor:
     """Zero where a step does not count. tensor [T, B, any]"""
     return tensor if steps is None else torch.where((steps & VALID).bool().unsqueeze(-1), tensor, 0)
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 
 #: The name of an activation, or (name, alpha, beta), or (name, alpha).
@@ -107,7 +107,8 @@ class CellSpec:
         if self.cell != "gru" and not self.reset_after:
             raise ValueError(f"reset_after is for the gru alone, got reset_after=False for {self.cell!r}")
         for name in ("activation", "recurrent_activation", "output_activation"):
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if value is not None or name != "output_activation":
                 self._normalise(name, _shortest(activation_of(value, name)))
         if self.output_activation == self.activation:
             self._normalise("output_activation", None)
@@ -142,7 +143,7 @@ class CellSpec:
         """The inverse of str()."""
         return _parse(text)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Nothing but the cell, its biases and projection: what torch.nn has, the rnn's relu included."""
         return self == CellSpec(self.cell, self.activation, self.bias, self.proj) and (

@@ -232,7 +232,7 @@ def test_opcheck(case: Case, training: bool) -> None:
     lengths, (mask, reset) = torch.tensor([3, 0]), draw_masks(3, 2)
     operators = torch.ops.lstm_triton
     for steps, cells in (((lengths, None, None), False), ((lengths, mask, reset), case.cell == "lstm")):
-        arguments = (x, h0, c0, *rest[:2], *biases, w_hr, *steps, case.cell, case.activation, False, cells)
+        arguments = (x, h0, c0, *rest[:2], *biases, w_hr, None, None, *steps, None, case.cell, False, cells)
         torch.library.opcheck(operators.host_forward.default, arguments)
         y, h_n, c_n, c = (torch.ones_like(t) for t in operators.host_forward(*arguments))
         grads = (y, h_n, None if c0 is None else c_n, c if cells else None)

@@ -98,9 +98,10 @@ def test_the_subset_covers_everything() -> None:
 
 def test_lengths_and_batches_never_recompile() -> None:
     """T, B and what is derived from them are plain run-time numbers, and plans do not depend on T."""
-    from lstm_triton.kernels import sequence
+    from lstm_triton.kernels.backward import sequence_backward
+    from lstm_triton.kernels.forward import sequence_forward
 
-    for kernel in (sequence.sequence_forward, sequence.sequence_backward):
+    for kernel in (sequence_forward, sequence_backward):
         runtime = {p.name for p in kernel.params if p.do_not_specialize}
         assert runtime >= {"T", "B", "start", "chained", "first_group"}
         assert not {p.name for p in kernel.params if p.is_constexpr} & runtime

@@ -588,26 +588,40 @@ COMMON = {
     "zoneout": 0.1,
     "recurrent_dropout": 0.1,
     "input_dropout": 0.1,
+    "dropout_per_gate": True,
     "gate_clip": 5.0,
 }
 OWN = {
     "LSTM": {"peephole": True, "coupled": True, "cell_clip": 3.0, "output_activation": "relu", "zoneout": (0.0, 0.1)},
-    "GRU": {"reset_after": False, "activation": "relu"},
-    "RNN": {},
+    "GRU": {"reset_after": False, "activation": ("elu", 0.5)},
+    "RNN": {"activation": ("elu", 0.5)},
 }
 OPTIONS = [(cell, name, value) for cell in LAYERS for name, value in (*COMMON.items(), *OWN[cell].items())]
+OPTIONS.remove(("RNN", "recurrent_activation", "hard_sigmoid"))  # which it has no gates for
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_options_that_torch_lacks_are_refused_by_name(option: tuple[str, str, Any]) -> None:
     cell, name, value = option
-    try:
-        layer = LAYERS[cell][1](I, H, **{name: value})
-    except NotImplementedError as error:  # by the layer itself, as long as no kernel has it
-        assert name in str(error)
-        return
+    layer = LAYERS[cell][1](I, H, **{name: value})
     with pytest.raises(ValueError, match=rf"^0 cannot be made torch.nn's: torch.nn.{cell} has no {name}="):
         lt.to_torch(nn.Sequential(layer))
+
+
+def test_all_options_that_torch_lacks_are_named() -> None:
+    layer = lt.LSTM(I, H, coupled=True, zoneout=(0.0, 0.1), gate_clip=2)
+    words = r"coupled=True, zoneout=\(0.0, 0.1\), gate_clip=2$"
+    with pytest.raises(ValueError, match=rf"torch.nn.LSTM has no {words}"):
+        lt.to_torch(layer)
+
+
+def test_options_that_say_what_torch_does_are_none() -> None:
+    """Other ways to write the defaults."""
+    layer = lt.LSTM(
+        I, H, activation=("tanh", 2.0), recurrent_activation=("sigmoid",), output_activation="tanh", zoneout=(0, 0)
+    )
+    x = torch.randn(T, B, I)
+    assert_same(results(lt.to_torch(layer), x), results(layer, x))
 
 
 def test_an_option_is_refused_before_anything_is_copied() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lstm_triton.kernels import sequence
+from lstm_triton.kernels.forward import sequence_forward
 from lstm_triton.perf.cases import precision
 from lstm_triton.perf.numerics import timeouts_at_once
 from lstm_triton.perf.problems import Problem, check_engine
@@ -127,7 +127,7 @@ def test_a_wait_that_runs_out_is_said_at_once_where_anomalies_are_looked_for(mon
 
 def test_lengths_and_batches_compile_nothing_new() -> None:
     def compiled() -> int:
-        return sum(len(caches[0]) for caches in sequence.sequence_forward.device_caches.values())
+        return sum(len(caches[0]) for caches in sequence_forward.device_caches.values())
 
     with torch.no_grad():
         lt.functional.lstm(*cuda(problem("lstm", 4, 6, 64, dtype=torch.float16)), engine="resident")

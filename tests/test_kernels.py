@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from concurrency import concurrent
-from lstm_triton.kernels import sequence
+from lstm_triton.kernels.backward import sequence_backward
+from lstm_triton.kernels.forward import sequence_forward
 from numerics import CELLS, ENGINES, TOLERANCE, differentiate, problem, relative_error, worst_error
 
 import lstm_triton as lt
@@ -195,15 +196,15 @@ def test_offsets_beyond_31_bits() -> None:
     plan = make_plan(CellSpec("rnn"), 1, B, H, torch.float16, INTERPRETER, engine="step", tile=(16, 32))
 
     constants = launch._constants(plan, plan.forward, True) | {"REVERSE": False, "MASKED": False}
-    tensors = (gates, w_hh, b_hh, None, None, h0, y, h.float(), None, None, None, None)
-    launch._run(sequence.sequence_forward, plan.forward, tensors, (1, B, T - 1, 1), constants)
+    tensors = (gates, w_hh, b_hh, *(None,) * 5, h0, y, h.float(), *(None,) * 9)
+    launch._run(sequence_forward, plan.forward, tensors, (1, B, T - 1, 1), constants)
     wanted = torch.tanh(x.double() + h.double() @ w_hh.double().t() + b_hh.double())
     assert relative_error(y[T - 1], wanted) <= TOLERANCE[torch.float16]
 
     # Of the direction that runs backwards in time, so that step T-2 has its gradients before T-1.
     constants = launch._constants(plan, plan.backward, True) | {"REVERSE": True, "MASKED": False, "HAS_DCELLS": False}
     states = torch.zeros(B, H), torch.zeros(B, H)
-    tensors = (dys, None, None, y, h0, None, w_hh, None, None, da, None, *states, None, None)
-    launch._run(sequence.sequence_backward, plan.backward, tensors, (1, B, T - 1, 1, 0), constants)
+    tensors = (dys, None, None, y, h0, *(None,) * 3, w_hh, *(None,) * 5, da, None, *states, *(None,) * 5)
+    launch._run(sequence_backward, plan.backward, tensors, (1, B, T - 1, 0, 1, 0), constants)
     wanted = (dy.double() + da_before.double() @ w_hh.double()) * (1 - y[T - 1].double() ** 2)
     assert relative_error(da[T - 1], wanted) <= TOLERANCE[torch.float16]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton as lt
 from lstm_triton import launch, ops
-from lstm_triton.spec import CellSpec
+from lstm_triton.spec import variants
 
 ENGINES = ("local", "step")
 
@@ -99,7 +99,7 @@ def test_gradients_only_where_asked(cell: str) -> None:
 def test_no_product_for_a_gradient_that_nobody_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *others = problem("lstm", 3, 2, 8)
     others = [t.requires_grad_() for t in others]
-    monkeypatch.setattr(ops, "_input_gradient", None)
+    monkeypatch.setattr(ops, "input_gradient", None)
     torch.autograd.grad(lt.functional.lstm(x, *others, engine="local")[0].sum(), others)
     with pytest.raises(TypeError):
         lt.functional.lstm(x.requires_grad_(), *others, engine="local")[0].sum().backward()
@@ -109,8 +109,8 @@ def test_no_product_for_a_gradient_that_nobody_asks_for(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_inference_saves_nothing(case: Case, memory: str) -> None:
     ((_, args),) = operator_calls(case, False, memory)
-    *_, gates, extra, h = torch.ops.lstm_triton.forward(*args)
-    assert gates.numel() == h.numel() == 0
+    *_, gates, extra, normed, stats, h = torch.ops.lstm_triton.forward(*args)
+    assert gates.numel() == normed.numel() == stats.numel() == h.numel() == 0
     assert extra.numel() == (args[0].shape[0] * 2 * 8 if case.cells and not case.masked else 0)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -241,8 +241,8 @@ def test_exports_as_one_operator() -> None:
         ({"w_hh": torch.zeros(32, 0)}, ValueError, "H >= 1"),
         ({"b_ih": torch.zeros(8)}, ValueError, r"b_ih must have shape \(32,\)"),
         ({"b_hh": torch.zeros(32, device="meta")}, ValueError, "b_hh must be on x's device cpu, got meta"),
-        ({"activation": "relu"}, NotImplementedError, "activation='relu' is not available for 'lstm'"),
-        ({"peephole": torch.zeros(3, 8)}, NotImplementedError, "peephole"),
+        ({"activation": "swish"}, ValueError, "activation must be one of 'tanh', .*got 'swish'"),
+        ({"peephole": torch.zeros(2, 8)}, ValueError, r"peephole must have shape \(3, 8\).*got \(2, 8\)"),
         ({"memory": "none"}, ValueError, "memory must be one of 'store', 'recompute', got 'none'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -333,6 +333,6 @@ def test_every_launch_gets_the_same_pointers(
 
 
 def test_slots_name_each_cell() -> None:
-    for cell in CELLS:
-        slots, first = launch.slots(CellSpec(cell))
-        assert first + CellSpec(cell).gates <= slots
+    for spec in variants():
+        slots, first = launch.slots(spec)
+        assert first + spec.gates <= slots

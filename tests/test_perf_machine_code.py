@@ -174,7 +174,8 @@ def test_right_order_passes() -> None:
     assert ptx.ptx_order(kernel(STEP)) == []
     assert ptx.ptx_order(kernel(STEP), published={0}) == []
     # closing stores and the release of a group that gave up come after the loop
-    assert ptx.ptx_order(kernel(STEP, after=[STORE.replace("%rd1", "%rd2"), RELEASE]), published={0}) == []
+    after = [STORE.replace("%rd1", "%rd2"), RELEASE]
+    assert ptx.ptx_order(kernel(STEP, after=after), published={0}, own={1}) == []
 
 
 @pytest.mark.parametrize(
@@ -182,22 +183,72 @@ def test_right_order_passes() -> None:
     [
         (changed((8, [])), "release without a barrier after the last store"),
         (changed((7, []), (8, [BARRIER, STORE])), "release without a barrier after the last store"),
-        (changed((7, []), (9, [RELEASE, STORE])), "release before this step's store"),
+        (changed((7, []), (9, [RELEASE, STORE])), "release before this part's store"),
+        (changed((9, [RELEASE, STORE, BARRIER, RELEASE])), "release without a wait since the last one"),
         (changed((3, [])), "without a barrier after the acquire"),
-        (changed((0, [LOAD, LOAD_X])), "load of published data above the wait"),
-        (changed((9, [RELEASE, LOAD])), "load of published data above the wait"),
+        (changed((0, [LOAD, LOAD_X])), "load of h, which is published, above the wait"),
+        (changed((9, [RELEASE, LOAD])), "load of h, which is published, above the wait"),
         (changed((9, [RELEASE.replace(".release", ".relaxed")])), "no release found"),
-        (changed((7, [STORE.replace("%rd1", "%rd2")])), "no store found"),
-        (changed((4, [LOAD.replace("%rd5", "%rd2")])), "no load found"),
+        (changed((7, [STORE.replace("%rd1", "%rd2")])), "no store of h found"),
+        (changed((4, [LOAD.replace("%rd5", "%rd2")])), "no load of h found"),
+        (
+            changed((7, [STORE, STORE.replace("%rd1", "%rd2")])),
+            "parameter 1 is stored and loaded, and said to be neither",
+        ),
     ],
 )
 def test_planted_faults_are_found(step: list[str], problem: str) -> None:
-    assert any(problem in found for found in ptx.ptx_order(kernel(step), published={0}))
+    assert any(problem in found for found in ptx.ptx_order(kernel(step), published={0}, names={0: "h"}))
+
+
+STORE_R, LOAD_R = (text.replace("%rd1", "%rd2").replace("%rd5", "%rd2") for text in (STORE, LOAD))
+#: A step in two parts: of h comes r, and of all of r the next h.
+PARTS = [ACQUIRE, SPIN_END, BARRIER, LOAD, STORE_R, BARRIER, RELEASE, ACQUIRE, BARRIER, LOAD_R, STORE, BARRIER, RELEASE]
+BOTH = {0: "h", 1: "r"}
+
+
+def moved(text: str, to: int) -> list[str]:
+    """PARTS with one instruction, of which there is one, elsewhere among the others."""
+    rest = [other for other in PARTS if other != text]
+    return [*rest[:to], text, *rest[to:]]
+
+
+def test_every_part_of_a_step_has_an_order_of_its_own() -> None:
+    assert ptx.ptx_order(kernel(PARTS), BOTH.keys(), names=BOTH) == []
+    # gradients that the second part adds to are stored and loaded in both
+    again = [text for text in PARTS for text in ([text, STORE] if text == STORE_R else [text])]
+    assert ptx.ptx_order(kernel(again), BOTH.keys(), names=BOTH) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        (moved(LOAD_R, 5), "load of r, which is published, above the wait"),
+        (moved(LOAD_R, 7), "load of r, which is published, above the wait"),
+        (moved(LOAD_R, 8), "load of r, which is published, without a barrier after the acquire"),
+        (moved(STORE_R, 6), "release before this part's store"),
+        (moved(STORE_R, 9), "release before this part's store"),
+        (moved(LOAD, 9), ""),  # later than it may be
+        (moved(LOAD, 12), "load of h, which is published, above the wait"),
+        (moved(STORE, 7), ""),  # earlier than it has to be
+        (moved(STORE, 12), "load of h, which is published, above the wait"),
+        (moved(STORE_R, 11), "release without a barrier after the last store of r"),
+        ([text for i, text in enumerate(PARTS) if i != 5], "release without a barrier after the last store of r"),
+        ([text for i, text in enumerate(PARTS) if i not in (7, 8)], "release without a wait since the last one"),
+    ],
+)
+def test_faults_planted_in_a_step_of_two_parts_are_found(step: list[str], problem: str) -> None:
+    found = ptx.ptx_order(kernel(step), BOTH.keys(), names=BOTH)
+    assert any(problem in line for line in found) if problem else found == []
 
 
 def test_prefetch_before_the_loop_is_found() -> None:
     found = ptx.ptx_order(kernel(STEP, before=[LOAD]), published={0})
     assert any("outside the time loop" in problem for problem in found)
+
+
+def test_a_kernel_that_publishes_nothing_is_found() -> None:
+    assert ptx.ptx_order(kernel(STEP).replace("st.global", "st.shared")) == ["nothing is published"]
 
 
 def test_wait_without_acquire_is_found() -> None:

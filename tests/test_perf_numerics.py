@@ -18,13 +18,19 @@ from torch.overrides import TorchFunctionMode
 
 import lstm_triton as lt
 from lstm_triton import launch
+from lstm_triton.modules import spec_of
 from lstm_triton.planner import ENGINES
 from lstm_triton.plans import LaunchPlan
-from lstm_triton.spec import CellSpec, variants
+from lstm_triton.spec import OPTIONS, CellSpec, variants
 
 SPECS = list(variants())
+PLAIN = [spec for spec in SPECS if spec not in OPTIONS]
 BIASED = [spec for spec in SPECS if spec.bias]
 GRU = CellSpec("gru")
+
+
+#: Of the interpreted problems; tf32 there is fp32.
+IN_TURN = ("fp32", "fp16", "bf16", "fp64", "fp32")
 
 
 def small(spec: CellSpec = GRU, engine: str = "local", **changes: Any) -> Problem:
@@ -32,30 +38,55 @@ def small(spec: CellSpec = GRU, engine: str = "local", **changes: Any) -> Proble
 
 
 def test_variants_are_what_the_kernels_have() -> None:
-    assert {(spec.cell, spec.activation) for spec in SPECS} == set(launch._CELLS)
-    assert {replace(spec, bias=not spec.bias) for spec in SPECS} == set(SPECS)
+    assert {spec.cell for spec in SPECS} == set(launch._CELLS)
+    assert {replace(spec, bias=not spec.bias) for spec in PLAIN} == set(PLAIN)
     assert len({str(spec) for spec in SPECS}) == len(SPECS)
+    # and of what the kernels are told nothing is the same for all, but what is no matter of the cell
+    told = [launch.options(spec, 0, False)._asdict() for spec in SPECS]
+    same = {name for name in launch.Options._fields if len({options[name] for options in told}) == 1}
+    assert same == {"epsilon", "masks", "random"}
+    listed = engines.first()
+    assert {problem.masks for problem in listed} == {"", *engines.MASKED}
+    assert {problem.seeded for problem in listed if any(problem.spec.zoneout)} == {True, False}
+    assert not any(problem.seeded for problem in engines.on_gpu() if not any(problem.spec.zoneout))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_spec_says_what_its_layer_takes(spec: CellSpec) -> None:
-    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[spec.cell]
-    projection = {"proj_size": spec.proj} if spec.proj else {}
-    theirs = [tuple(weight.shape) for weight in kind(4, 5, bias=spec.bias, **projection).parameters()]
-    assert list(spec.parameters(4, 5).values()) == theirs
-    ours = {"lstm": lt.LSTM, "gru": lt.GRU, "rnn": lt.RNN}[spec.cell]
-    layer = ours(4, 5, bias=spec.bias, **spec.options, **projection)
-    assert len(spec.states) == layer.states and layer.activation == spec.activation
+    problem = small(spec, width=4, hidden=5)
+    found = problem.shapes
+    weights = {name: shape for name, shape in found.items() if name not in ("x", *spec.states)}
+    ours = {name: tuple(weight.shape) for name, weight in problem.layer("auto").named_parameters()}
+    ours = {name: shape for name, shape in ours.items() if "_l0" in name and "_reverse" not in name}
+    peepholes = {name: shape for name, shape in ours.items() if name.startswith("weight_c")}
+    if spec.peephole:
+        assert weights.pop("peephole") == (len(peepholes), 5) and set(peepholes.values()) == {(5,)}
+    assert list(weights.values()) == [shape for name, shape in ours.items() if name not in peepholes]
+    if spec in PLAIN:
+        kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[spec.cell]
+        projection = {"proj_size": spec.proj} if spec.proj else {}
+        theirs = [tuple(weight.shape) for weight in kind(4, 5, bias=spec.bias, **projection).parameters()]
+        assert list(weights.values()) == theirs
+    layer = problem.layer("auto")
+    assert len(spec.states) == layer.states and spec_of(layer) == spec
 
 
-def test_every_variant_engine_and_dtype_comes_first() -> None:
-    wanted = {(spec, engine, dtype) for spec in SPECS for engine in ENGINES for dtype in DTYPES}
+def test_every_variant_and_engine_comes_first() -> None:
+    wanted = {(spec, engine, dtype) for spec in PLAIN for engine in ENGINES for dtype in DTYPES}
     first = engines.first()
-    whole, ragged = first[: len(wanted)], first[len(wanted) :]
+    whole, ragged, options = (
+        first[: len(wanted)], first[len(wanted) : 2 * len(wanted)], first[2 * len(wanted) :]
+    )  # fmt: skip
     for half in whole, ragged:
         assert {(p.spec, p.engine, p.dtype) for p in half} == wanted and len(half) == len(wanted)
     assert not any(p.ragged for p in whole) and all(p.ragged for p in ragged)
-    assert engines.on_gpu()[: len(first)] == first
+    assert {(p.spec, p.engine) for p in options} >= {(spec, engine) for spec in OPTIONS for engine in ENGINES}
+    for engine in ENGINES:
+        mine = [p for p in options if p.engine == engine]
+        assert {(p.spec, p.ragged) for p in mine} >= {(spec, ragged) for spec in OPTIONS for ragged in (False, True)}
+        masked = {(p.spec, p.masks) for p in mine if not p.ragged}
+        assert masked >= {(spec, masks) for spec in engines.PRODUCTS for masks in engines.MASKED}
+    assert engines.on_gpu()[: len(first)] == first and len(first) < 600
 
 
 def test_each_variant_is_met_in_every_form() -> None:
@@ -63,6 +94,7 @@ def test_each_variant_is_met_in_every_form() -> None:
     for spec in SPECS:
         mine = [p for p in listed if p.spec == spec]
         assert {(p.reverse, p.states) for p in mine} >= {(False, True), (True, False)}
+        assert any(p.recompute for p in mine) and any(p.ragged for p in mine)
     for spec in BIASED:
         mine = [p for p in listed if p.spec == spec]
         assert {p.engine for p in engines.sanitized() if p.spec == spec} == set(ENGINES)
@@ -74,13 +106,12 @@ def test_each_variant_is_met_in_every_form() -> None:
 
 
 def planned(problem: Problem) -> LaunchPlan:
-    shapes = {"x": (problem.seq, problem.batch, problem.width)}
-    shapes |= problem.spec.parameters(problem.width, problem.hidden)
-    tensors = {name: torch.empty(size, dtype=DTYPES[problem.dtype], device="meta") for name, size in shapes.items()}
+    shapes, dtype = problem.shapes, DTYPES[problem.dtype]
+    tensors = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in shapes.items()}
     tensors |= dict.fromkeys(problem.spec.states)
     options = {**problem.spec.options, "engine": problem.engine, "tile": problem.tile, "target": "H200"}
     with precision(problem.dtype):
-        return lt.plan(problem.spec.cell, **tensors, **options)
+        return lt.plan(problem.spec.cell, **problems.paired(tensors), **options)
 
 
 def refused(problem: Problem) -> bool:
@@ -95,7 +126,7 @@ def test_the_first_are_refused_only_where_products_are_scalar() -> None:
     no = {(p.engine, p.dtype, p.spec) for p in engines.first() if refused(p)}
     scalar = {("resident", "fp32"), ("local", "fp32")}
     # and where the operands of two products in float64 would have to be held
-    assert all((engine, dtype) in scalar or (dtype == "fp64" and spec.proj) for engine, dtype, spec in no)
+    assert all((engine, dtype) in scalar or (dtype == "fp64" and spec.two_products) for engine, dtype, spec in no)
     assert ("local", "fp32", CellSpec("rnn")) not in no
 
 
@@ -117,12 +148,20 @@ def test_the_list_has_several_groups_and_several_launches_of_them() -> None:
 @pytest.mark.parametrize(
     "problem",
     [
-        small(spec, ENGINES[i % 4], reverse=not spec.bias, states=spec.bias, dtype=dtype)
-        for i, (spec, dtype) in enumerate(zip(SPECS, ["fp32", "fp16", "bf16", "fp64", "fp32"] * 2, strict=True))
+        small(spec, ENGINES[i % 4], reverse=not spec.bias, states=spec.bias, dtype=IN_TURN[i % 5])
+        for i, spec in enumerate(PLAIN)
     ]
     + [
         small(spec, ENGINES[i % 4], reverse=spec.bias, ragged=True, recompute=i % 3 == 0)
-        for i, spec in enumerate(SPECS)
+        for i, spec in enumerate(PLAIN)
+    ]
+    + [
+        small(spec, ENGINES[i % 4], dtype=IN_TURN[i % 5], masks=("", *engines.MASKED)[i % 3], seeded=any(spec.zoneout))
+        for i, spec in enumerate(OPTIONS)
+    ]
+    + [
+        small(spec, ENGINES[(i + 2) % 4], reverse=True, states=False, ragged=True, recompute=i % 3 != 0)
+        for i, spec in enumerate(OPTIONS)
     ],
     ids=lambda problem: " ".join(problem.key.values()),
 )
@@ -291,7 +330,8 @@ def test_an_engine_whose_waits_run_out_is_left(tmp_path: Path, monkeypatch: pyte
     judge_with(monkeypatch, judge)
     rows = rows_at(tmp_path)
     assert engines.run(TODO, "cpu", rows, "here", None, early=False)
-    assert [row["status"] for row in rows.rows if row["engine"] == "resident"] == ["error"] * 3 + ["left"] * 2
+    left = sum(problem.engine == "resident" for problem in TODO) - engines.TIMEOUTS
+    assert [row["status"] for row in rows.rows if row["engine"] == "resident"] == ["error"] * 3 + ["left"] * left
     assert {row["status"] for row in rows.rows if row["engine"] == "local"} == {"ok"}
 
 
@@ -346,7 +386,7 @@ def test_what_was_not_reached_is_named() -> None:
     assert engines.unreached(refusing("resident", "bf16"), engines.first()) == ["resident bf16"]
     missed = [row for row in rows if not (row["engine"] == "step" and row["dtype"] == "fp64")]
     missed = [row for row in missed if (row["engine"], row["dtype"], row["cell"]) != ("local", "tf32", "gru")]
-    assert engines.unreached(missed, engines.first()) == ["local tf32 (1 of 10 variants)", "step fp64"]
+    assert engines.unreached(missed, engines.first()) == ["local tf32 (1 of 24 variants)", "step fp64"]
 
 
 def test_the_next_batch_is_compiled_while_this_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,29 +91,32 @@ def test_faults_planted_in_the_compiled_kernel_are_found(direction: str, monkeyp
     from lstm_triton.launch import compile_ahead
 
     compiled = compile_ahead(plan("lstm", "streamed"), direction)
-    ptx = compiled.asm["ptx"]
-    published = resources.published(compiled, direction)
-    assert len(published) == 1
-    assert ptx_order(ptx, published) == []
+    ptx, shared = compiled.asm["ptx"], resources.pointers(compiled, direction)
+    assert len(shared[0]) == 1
+    assert ptx_order(ptx, *shared) == []
 
     lines = ptx.splitlines()
     release = next(i for i, line in enumerate(lines) if ".release.add" in line)
     barrier = next(i for i in range(release, 0, -1) if "bar.sync" in lines[i])
-    found = ptx_order("\n".join(lines[:barrier] + lines[barrier + 1 :]), published)
+    found = ptx_order("\n".join(lines[:barrier] + lines[barrier + 1 :]), *shared)
     assert any("barrier after the last store" in problem for problem in found)
 
     # what stands between the wait and the loads, all of it
     weak = "\n".join(line for i, line in enumerate(lines) if "bar.sync" not in line or i == barrier)
-    assert any("barrier after the acquire" in problem for problem in ptx_order(weak, published))
+    assert any("barrier after the acquire" in problem for problem in ptx_order(weak, *shared))
 
     if direction == "forward":
         # the gates are read before the wait and written after it: right for a program's own, wrong for others' data
-        monkeypatch.setitem(resources.PUBLISHED, "forward", ("gates_ptr",))
-        own = resources.published(compiled, "forward")
-        assert any("above the wait" in problem for problem in ptx_order(ptx, own))
+        monkeypatch.setitem(resources.PUBLISHED, "forward", ("gates_ptr", "h_ptr"))
+        found = ptx_order(ptx, *resources.pointers(compiled, "forward"))
+        assert any("load of gates_ptr, which is published, above the wait" in problem for problem in found)
+        monkeypatch.undo()
+        monkeypatch.setitem(resources.OWN, "forward", ("state_ptr",))
+        (found,) = ptx_order(ptx, *resources.pointers(compiled, "forward"))
+        assert found.startswith("gates_ptr is stored and loaded, and said to be neither")
 
     # the counter read without acquire is no wait at all
-    assert ptx_order(ptx.replace(".acquire", ".relaxed"), published) == ["no acquire found"]
+    assert ptx_order(ptx.replace(".acquire", ".relaxed"), *shared) == ["no acquire found"]
 
 
 def test_kernels_that_differ_in_nothing_compiled_are_compiled_once() -> None:

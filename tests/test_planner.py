@@ -87,8 +87,8 @@ def test_plan_takes_the_functions_arguments() -> None:
         lt.plan("gru", x, h0, w_ih, w_hh, target="TPU")
     with pytest.raises(ValueError, match="name a target"):
         lt.plan("gru", x, h0, w_ih, w_hh)
-    with pytest.raises(NotImplementedError, match="reset_after"):
-        lt.plan("gru", x, h0, w_ih, w_hh, reset_after=False, target="H200")
+    with pytest.raises(TypeError, match="reset_after must be True or False"):
+        lt.plan("gru", x, h0, w_ih, w_hh, reset_after=1, target="H200")
 
 
 @pytest.mark.both

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from cell_problems import CellProblem
 from concurrency import POLICIES, Livelock, concurrent
-from lstm_triton.kernels import sequence
+from lstm_triton.kernels import backward as backward_text
+from lstm_triton.kernels import forward as forward_text
 from numerics import differentiate, problem
 
 import lstm_triton as lt
 from lstm_triton import launch
+from lstm_triton.spec import CellSpec
 
 ENGINES = ("resident", "streamed")
 
@@ -21,6 +25,21 @@ ENGINES = ("resident", "streamed")
 def train(cell: str, engine: str, T: int = 4, **options: Any) -> None:
     """Forward and backward: two groups of three programs."""
     differentiate(cell, problem(cell, T, 18, 20), None, lt.functional, engine=engine, tile=(16, 8), **options)
+
+
+#: What goes round the group more than once a step: a second product, the sums of layer normalisation, both.
+SEVERAL_WAITS = {
+    "reset before": CellSpec("gru", reset_after=False),
+    "layer norm": CellSpec("gru", layer_norm=True),
+    "layer norm of c": CellSpec("lstm", layer_norm=True),
+    "projected layer norm": CellSpec("lstm", layer_norm=True, proj=12),
+}
+
+
+def train_cell(spec: CellSpec, engine: str, T: int = 3, tile: tuple[int, int] = (16, 8), **options: Any) -> None:
+    """Forward and backward of any cell: two groups of three programs."""
+    problem = CellProblem(spec, T, 18, 2, 20, **options)
+    problem.differentiate(lt.functional, problem.tensors(), engine=engine, tile=tile)
 
 
 def projected(T: int) -> list[torch.Tensor]:
@@ -64,6 +83,27 @@ def test_no_race_with_two_products_or_skipped_steps(engine: str, policy: str) ->
             torch.autograd.grad(sum(t.sum() for t in results), inputs)
         assert run.launches == 2 and run.switches > 40
         assert not run.races, run.describe()
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"), [("random", {}), ("priority", {"masks": 1, "skips": True, "reverse": True})], ids=str
+)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SEVERAL_WAITS)
+def test_no_race_with_several_waits(name: str, engine: str, policy: str, options: dict[str, Any]) -> None:
+    with concurrent(0, policy=policy) as run:
+        train_cell(SEVERAL_WAITS[name], engine, **options)
+    assert run.launches == 2 and run.switches > 40
+    assert not run.races, run.describe()
+
+
+@pytest.mark.parametrize("masks", [1, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_race_with_recurrent_dropout(engine: str, masks: int) -> None:
+    """The programs read h times the masks of one another, which is stored beside h."""
+    with concurrent(0) as run:
+        train_cell(CellSpec("lstm"), engine, masks=masks)
+    assert run.launches == 2 and not run.races, run.describe()
 
 
 @triton.jit
@@ -123,7 +163,7 @@ def test_planted_faults_are_found(
     engine: str, products: int, backward: bool, name: str, fault: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in the forward kernel alone and, behind a sound forward, in the backward kernel alone."""
-    kernel = sequence.sequence_backward if backward else sequence.sequence_forward
+    kernel = backward_text.sequence_backward if backward else forward_text.sequence_forward
     found = []
     for policy in ("random", "priority"):
         with concurrent(0, policy=policy, max_idle=500) as run:
@@ -134,7 +174,7 @@ def test_planted_faults_are_found(
                     y, *_ = call(inputs, engine)
                     assert not run.races
                 with monkeypatch.context() as patch:
-                    patch.setattr(sequence, name, fault)
+                    patch.setattr(backward_text if backward else forward_text, name, fault)
                     if backward:
                         y.sum().backward()
                     else:
@@ -176,11 +216,53 @@ def test_each_of_two_waits_is_needed(
         inputs = [t.requires_grad_() for t in projected(3)]
         with concurrent(0, policy=policy) as run, monkeypatch.context() as patch:
             if not backward:
-                patch.setattr(sequence, "wait", fault)
+                patch.setattr(backward_text if backward else forward_text, "wait", fault)
             y, *_ = project(inputs, engine)
-            patch.setattr(sequence, "wait", fault)
+            patch.setattr(backward_text if backward else forward_text, "wait", fault)
             if backward:
                 y.sum().backward()
+        found += run.races
+    assert found and {race.kernel for race in found} == {"sequence_backward" if backward else "sequence_forward"}
+
+
+#: Which of how many waits of a step lets everybody through.
+NUMBER, WAITS = 0, 1
+
+
+@triton.jit
+def wait_left_out(counter_ptr, target, polls):
+    """Sound but for one wait of each step; a group is three programs."""
+    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while (seen < target) & (target // 3 % WAITS != NUMBER):
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return target >= 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, n) for name, spec in SEVERAL_WAITS.items() for n in range(spec.waits)]
+)
+def test_every_wait_of_a_step_is_needed(
+    name: str, number: int, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them left out alone, in the forward kernel, or in the backward kernel behind a sound forward."""
+    spec, found = SEVERAL_WAITS[name], []
+    problem = CellProblem(spec, 3, 3, 2, 20)
+    for seed, policy in ((0, "random"), *((seed, "priority") for seed in range(8))):
+        if found:
+            break
+        leaves = {n: t.requires_grad_() for n, t in problem.tensors().items()}
+        with concurrent(seed, policy=policy, max_idle=500) as run, monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "NUMBER", number)
+            patch.setattr(sys.modules[__name__], "WAITS", spec.waits)
+            if not backward:
+                patch.setattr(backward_text if backward else forward_text, "wait", wait_left_out)
+            results = problem.run(lt.functional, leaves, engine="streamed", tile=(16, 8))
+            if backward:
+                assert not run.races  # of the sound forward
+                patch.setattr(backward_text if backward else forward_text, "wait", wait_left_out)
+                sum(t.sum() for t in results).backward()
         found += run.races
     assert found and {race.kernel for race in found} == {"sequence_backward" if backward else "sequence_forward"}
 

@@ -158,7 +158,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None =
             if options["training"] or (options["save_states"] and c0 is not None)
             else None
         )
-        return launch.Forward(gates.new_zeros(T, B, plan.H), h0.clone(), extra, None)
+        return launch.Forward(gates.new_zeros(T, B, plan.H), h0.clone(), extra, None, None)
 
     def backward(plan: Any, dy: Tensor, dh: Tensor, dstate: Tensor, *args: Any, **options: Any) -> Any:
         T, B, _ = dy.shape
