@@ -76,7 +76,7 @@ def h_gradient(
 
 @triton.jit
 def add_rows(sums, found, counts, TILE: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr):
-    """sums, ROWS for each of a program's tiles, with `found` added to those of TILE from row FIRST on, where it counts."""
+    """sums, ROWS for each of a program's tiles, plus `found` to those of TILE from row FIRST on, where it counts."""
     added = ()
     for i in tl.static_range(len(sums)):
         if i // ROWS == TILE and i % ROWS >= FIRST and i % ROWS < FIRST + len(found):
@@ -107,7 +107,8 @@ def dstate_now(dstate, dcells_ptr, hidden, mask, HAS_DCELLS: tl.constexpr):
 @triton.jit
 def through_cell(
     CELL: tl.constexpr, dout, dmade, dstate, kept, made, state_prev, extra, params, dparams, dcells_ptr, hidden, mask,
-    bits, counts, TILE: tl.constexpr, OPT: tl.constexpr, HAS_DCELLS: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr,
+    bits, counts, TILE: tl.constexpr, OPT: tl.constexpr, HAS_DCELLS: tl.constexpr, MASKED: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Back through one tile of the cell, and of zoneout and the skipped steps around it.
 

@@ -170,7 +170,7 @@ def product(
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tile TILE of rows times the weights from segment PART on: LOCAL from the program's own `rows`, else the group's."""
+    """Tile TILE of rows times the weights from segment PART on: LOCAL from the program's own rows, else the group's."""
     if LOCAL:
         return product_from_registers(
             rows, column_ptrs, masks_n, stride_k, resident, TILE, PART,

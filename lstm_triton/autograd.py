@@ -57,7 +57,7 @@ def sequence(
 
     Returns y [T, B, P], h_n [B, P], c_n [B, H] or None, and with return_cells cells [T, B, H], otherwise None.
     """
-    run = Run(spec.untold, reverse, engine, tile, memory, return_cells)
+    run = Run(spec.of_tensors(True, 0), reverse, engine, tile, memory, return_cells)
     seed = seed if spec.zoneout != (0.0, 0.0) else None
     tensors = [x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, params, recurrent_mask, steps, seed]
     compiling, under_transforms = torch.compiler.is_compiling(), transformed()
@@ -132,7 +132,7 @@ class _Sequence(torch.autograd.Function):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """The same of lstm_triton::forward. `training` was settled when the program was made, and may be False."""
     *tensors, cell, reverse, engine, tile, ctx.training, memory, return_cells = inputs
-    ctx.run = Run(cell, reverse, engine, tuple(tile) or None, memory, return_cells)
+    ctx.run = Run(CellSpec.parse(cell), reverse, engine, tuple(tile) or None, memory, return_cells)
     kept = _kept(ops.results_of(ctx.run, ctx.training, tensors[_STEPS], output)) if ctx.training else ()
     ctx.save_for_backward(*tensors, *kept)
     ctx.set_materialize_grads(False)

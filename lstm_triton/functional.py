@@ -32,6 +32,10 @@ INTEGERS = (
 )  # fmt: skip
 
 
+# Defaults of numbers are ints or None: torch.compile(dynamic=True) takes a float for a variable, and starts again when
+# it turns out to decide what is run.
+
+
 class Tensors(NamedTuple):
     """The tensors of one call, None where there is none: what varies between problems of one kind."""
 
@@ -74,7 +78,7 @@ def lstm(
     output_activation: Activation | None = None, cell_clip: float | None = None, gate_clip: float | None = None,
     input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None,
     norm_ih: Norm | None = None, norm_hh: Norm | None = None, norm_c: Norm | None = None,
-    zoneout: float | tuple[float, float] = 0.0, seed: Tensor | None = None, lengths: Tensor | None = None,
+    zoneout: float | tuple[float, float] = 0, seed: Tensor | None = None, lengths: Tensor | None = None,
     mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False, return_cells: bool = False,
     memory: str = "store", engine: str = "auto", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -141,7 +145,7 @@ def gru(
     b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
     reset_after: bool = True, activation: Activation = "tanh", recurrent_activation: Activation = "sigmoid",
     gate_clip: float | None = None, input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None,
-    norm_ih: Norm | None = None, norm_hh: Norm | None = None, zoneout: float = 0.0, seed: Tensor | None = None,
+    norm_ih: Norm | None = None, norm_hh: Norm | None = None, zoneout: float = 0, seed: Tensor | None = None,
     lengths: Tensor | None = None, mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False,
     memory: str = "store", engine: str = "auto", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -172,7 +176,7 @@ def rnn(
     b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
     activation: Activation = "tanh", gate_clip: float | None = None, input_mask: Tensor | None = None,
     recurrent_mask: Tensor | None = None, norm_ih: Norm | None = None, norm_hh: Norm | None = None,
-    zoneout: float = 0.0, seed: Tensor | None = None, lengths: Tensor | None = None, mask: Tensor | None = None,
+    zoneout: float = 0, seed: Tensor | None = None, lengths: Tensor | None = None, mask: Tensor | None = None,
     reset: Tensor | None = None, reverse: bool = False,
     memory: str = "store", engine: str = "auto", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -75,12 +75,12 @@ library.define(
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run, apart from what the tensors tell: str() of the CellSpec and lt.functional's arguments.
+    """What is to be run, apart from what the tensors tell: the cell and lt.functional's arguments.
 
     Nothing that the tensors tell, such as the size of a projection: torch.compile may not know it as a number.
     """
 
-    cell: str
+    spec: CellSpec  # its biases and projection aside
     reverse: bool
     engine: str
     tile: tuple[int, int] | None
@@ -88,14 +88,9 @@ class Run:
     return_cells: bool
 
     @property
-    def spec(self) -> CellSpec:
-        """The cell, its biases and projection aside."""
-        return CellSpec.parse(self.cell)
-
-    @property
     def settings(self) -> tuple[str, bool, str, list[int]]:
         """As the operators take them."""
-        return self.cell, self.reverse, self.engine, list(self.tile or ())
+        return str(self.spec), self.reverse, self.engine, list(self.tile or ())
 
 
 def plan_for(spec: CellSpec, x: Tensor, H: int, engine: str, tile: Sequence[int] | None, masks: int = 0) -> LaunchPlan:

@@ -40,7 +40,7 @@ def lstm(
     output_activation: Activation | None = None, cell_clip: float | None = None, gate_clip: float | None = None,
     input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None,
     norm_ih: Norm | None = None, norm_hh: Norm | None = None, norm_c: Norm | None = None,
-    zoneout: float | tuple[float, float] = 0.0, seed: Tensor | None = None, lengths: Tensor | None = None,
+    zoneout: float | tuple[float, float] = 0, seed: Tensor | None = None, lengths: Tensor | None = None,
     mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False, return_cells: bool = False,
     memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -80,7 +80,7 @@ def gru(
     b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
     reset_after: bool = True, activation: Activation = "tanh", recurrent_activation: Activation = "sigmoid",
     gate_clip: float | None = None, input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None,
-    norm_ih: Norm | None = None, norm_hh: Norm | None = None, zoneout: float = 0.0, seed: Tensor | None = None,
+    norm_ih: Norm | None = None, norm_hh: Norm | None = None, zoneout: float = 0, seed: Tensor | None = None,
     lengths: Tensor | None = None, mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False,
     memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -106,7 +106,7 @@ def rnn(
     b_ih: Tensor | None = None, b_hh: Tensor | None = None, *,
     activation: Activation = "tanh", gate_clip: float | None = None, input_mask: Tensor | None = None,
     recurrent_mask: Tensor | None = None, norm_ih: Norm | None = None, norm_hh: Norm | None = None,
-    zoneout: float = 0.0, seed: Tensor | None = None, lengths: Tensor | None = None, mask: Tensor | None = None,
+    zoneout: float = 0, seed: Tensor | None = None, lengths: Tensor | None = None, mask: Tensor | None = None,
     reset: Tensor | None = None, reverse: bool = False,
     memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

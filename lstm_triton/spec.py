@@ -219,7 +219,7 @@ class CellSpec:
     @property
     def untold(self) -> str:
         """In words, what the tensors of a call do not tell; `parse` reads it, and `of_tensors` adds the rest."""
-        return str(replace(self, bias=True, proj=0))
+        return str(self.of_tensors(True, 0))
 
     def of_tensors(self, bias: bool, proj: int) -> CellSpec:
         """With what the tensors of a call tell."""

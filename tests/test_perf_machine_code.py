@@ -198,7 +198,7 @@ def test_right_order_passes() -> None:
     ],
 )
 def test_planted_faults_are_found(step: list[str], problem: str) -> None:
-    assert any(problem in found for found in ptx.ptx_order(kernel(step), published={0}, names={0: "h"}))
+    assert any(problem in found for found in ptx.ptx_order(kernel(step), published={0}, own=(), names={0: "h"}))
 
 
 STORE_R, LOAD_R = (text.replace("%rd1", "%rd2").replace("%rd5", "%rd2") for text in (STORE, LOAD))
