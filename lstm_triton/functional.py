@@ -1,7 +1,8 @@
 """lstm(), gru(), rnn(): one layer, one direction, as functions of tensors. And plan(): what they would run.
 
-Where they run: CUDA tensors on the kernels; CPU tensors on torch's own layers (engine="auto", see host.py), or on the
-kernels too where Triton interprets them (TRITON_INTERPRET=1). engine="reference" is eager PyTorch anywhere.
+Where they run: CUDA tensors on the kernels; CPU tensors on torch's own layers where these have the cell and on
+`reference` otherwise (engine="auto", see host.py), or on the kernels too where Triton interprets them
+(TRITON_INTERPRET=1). engine="reference" is eager PyTorch anywhere.
 """
 
 from __future__ import annotations
@@ -93,20 +94,22 @@ def lstm(
         w_hr: [P, H], 0 < P < H, projects: h[t] = w_hr (o tanh(c[t])). h0, h_n and y have P columns, and so has w_hh.
         peephole: [3, H], p_i, p_f, p_o: p c[t-1] is added to the gates i and f, p_o c[t] to o.
         coupled: f = 1 - i. w_ih, w_hh and the biases hold three gates, i, g, o; peephole [2, H] p_i, p_o.
-        activation, recurrent_activation, output_activation: of g; of i, f, o; of c[t] (None: as activation). A name or
-            (name, alpha, beta), as ONNX has them: "tanh", "sigmoid", "relu", "hard_sigmoid", "linear", "affine", "elu",
-            "leaky_relu", "scaled_tanh", "softplus", "softsign", "thresholded_relu".
-        cell_clip: c[t] is held within +- this; gate_clip: so is every gate before its activation, peephole included.
-        norm_ih, norm_hh, norm_c: layer normalisation, a pair (weight, bias) each, [4H], [4H] and [H], all or none: of
-            W_ih x[t] and of W_hh h[t-1], over all gates and before the biases are added, and of f c[t-1] + i g, clipped
-            and read by the peephole of o before, which makes c[t].
+        activation, recurrent_activation, output_activation: of g; of i, f, o; of c[t] (None: as activation). A name,
+            (name, alpha) or (name, alpha, beta), as ONNX has them: "tanh", "sigmoid", "relu", "hard_sigmoid" (0.2,
+            0.5: max(0, min(1, alpha x + beta))), "linear", "affine" (1, 0: alpha x + beta), "elu" (1), "leaky_relu"
+            (0.01), "scaled_tanh" (1, 1: alpha tanh(beta x)), "softplus", "softsign", "thresholded_relu" (1).
+        cell_clip: c[t] is held within +- this, before o's peephole reads it. gate_clip: so is every gate before its
+            activation, peephole included. The gradient through either is 1 within and on the bound, 0 beyond.
+        norm_ih, norm_hh, norm_c: layer normalisation, a pair (weight, bias) each, [G*H], [G*H] and [H], all or none: of
+            W_ih x[t] and of W_hh h[t-1], over all gates and before the biases are added, and of what the step makes of
+            c, which o's peephole reads before. c[t], as it is carried on and returned, is the normalised one.
 
     Regularisation, its random numbers drawn by the caller:
         input_mask, recurrent_mask: [B, I] and [B, H] (or P), or [G, B, ...] for each of the G gates its own, in x's
             dtype: x[t] and h[t-1] are multiplied by them at every step before the products.
         zoneout: probability, or a pair of them for h and c, with which a unit keeps its state instead of what the step
             made of it. seed: int64, one element, on x's device, decides by Philox 4x32-10 which; None takes the
-            expectation, z h[t-1] + (1 - z) h[t], as one does in evaluation.
+            expectation, z times the old state and 1 - z times the new one, as evaluation does: in training as well.
 
     Steps that do not count hold the state and give zeros, and NaN in x there, or in their gradients, reaches nothing:
         lengths: [B], any integer dtype, on x's device. Row b ends after lengths[b] steps; the reverse direction begins
@@ -116,7 +119,7 @@ def lstm(
             is false, but not past a row's length.
 
     reverse runs from the last step to the first. return_cells adds c of every step, [T, B, H], to what is returned.
-    memory="recompute" keeps less for the backward pass, which computes it again; the default "store" is faster.
+    memory="recompute" keeps less for the backward pass, which computes it again.
     engine is "auto", "local", "resident", "streamed", "step" or "reference"; tile=(block_b, block_h) overrides the
     plan's tile.
     Raises ValueError or TypeError naming the argument for wrong shapes, dtypes, devices, options, engines and tiles.

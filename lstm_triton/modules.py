@@ -390,9 +390,11 @@ class LSTM(RNNBase):
         coupled: f = 1 - i, and three gates instead of four, i, g, o (Greff et al. 2017).
         activation, recurrent_activation, output_activation: in place of tanh for g, of sigmoid for i, f, o, and of tanh
             for c[t], where None is as activation. A name or (name, alpha, beta), see `lt.functional.lstm`.
-        cell_clip: c[t] is held within +- this. gate_clip: every gate is, before its activation.
+        cell_clip: c[t] is held within +- this, before o's peephole reads it. gate_clip: every gate is, before its
+            activation. The gradient through either is 1 within and on the bound, 0 beyond.
         layer_norm: W_ih x[t] and W_hh h[t-1] are normalised over all gates before they are added up with the biases,
-            and f * c[t-1] + i * g to become c[t] (Ba et al. 2016; as PyTorch's benchmark of custom LSTMs).
+            and f * c[t-1] + i * g to become c[t], which is carried on so (Ba et al. 2016, who carry it unnormalised; as
+            PyTorch's benchmark of custom LSTMs).
         zoneout: one probability, or one for h and one for c. In training each unit keeps its h[t-1] or c[t-1] with
             that probability; in evaluation h[t] = z * h[t-1] + (1 - z) * (what the step gives) (Krueger et al. 2017).
         recurrent_dropout, input_dropout: in training h[t-1] or x[t] of each layer and direction is multiplied by one
@@ -472,7 +474,7 @@ class GRU(RNNBase):
 
     Arguments and state are torch.nn.GRU's. reset_after=False: the reset is before the product, as in the paper, n =
     tanh(W_in x[t] + b_in + W_hn (r * h[t-1]) + b_hn); layer_norm cannot go with it. recurrent_dropout masks the h[t-1]
-    of the products alone. All else as LSTM, whose activation is n's here, recurrent_activation r's and z's.
+    of the products alone. The options that are here are as LSTM's; activation is n's, recurrent_activation r's and z's.
     """
 
     cell = "gru"
@@ -503,8 +505,8 @@ class GRU(RNNBase):
 class RNN(RNNBase):
     """Elman network (1990), as torch.nn.RNN: h[t] = tanh(W_ih x[t] + b_ih + W_hh h[t-1] + b_hh), or relu of it.
 
-    Arguments and state are torch.nn.RNN's; `activation`, where it is not "tanh", wins over `nonlinearity`. All else as
-    LSTM, but that there are no gates and so no recurrent_activation but the default.
+    Arguments and state are torch.nn.RNN's; `activation`, where it is not "tanh", wins over `nonlinearity`. The options
+    that are here are as LSTM's; there are no gates, and so no recurrent_activation but the default.
     """
 
     cell = "rnn"

@@ -99,8 +99,9 @@ class LaunchPlan:
             if self.spec.two_products:
                 lines.append(f"  a step is two products, the second of them in K tiles of {kernel.block_k_r}")
             if self.spec.waits > 1 and kernel.engine != "local":
-                what = "launches" if kernel.engine == "step" else "times its programs wait for one another"
-                lines.append(f"  a step is {self.spec.waits} {what}")
+                waits = self.spec.waits
+                how = f"a step is {waits} launches" if kernel.engine == "step" else f"programs wait {waits} times a step"
+                lines.append(f"  {how}")
             if kernel.tuned:
                 lines.append(f"  chosen by a search on such a GPU, where it took {kernel.measured_us:.2f} us a step")
         lines.append(f"the model's constants for this GPU: {self.device.constants}")
@@ -134,7 +135,7 @@ class LaunchPlan:
         if spec.zoneout != (0.0, 0.0):
             found.append(f"zoneout of h {spec.zoneout[0]}" + f", of c {spec.zoneout[1]}" * (spec.cell == "lstm"))
         if self.masks == 1:
-            found.append("recurrent dropout with one mask: h is stored once more, masked")
+            found.append("recurrent dropout with one mask: h is stored once more, masked, where others read it")
         elif self.masks:
             found.append(
                 f"recurrent dropout with {self.masks} masks: a product, and rows of h, of its own for each gate"

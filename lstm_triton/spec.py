@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 
 #: The name of an activation, or (name, alpha, beta), or (name, alpha).
@@ -143,12 +143,12 @@ class CellSpec:
         """The inverse of str()."""
         return _parse(text)
 
-    @cached_property
+    @property
     def plain(self) -> bool:
         """Nothing but the cell, its biases and projection: what torch.nn has, the rnn's relu included."""
-        return self == CellSpec(self.cell, self.activation, self.bias, self.proj) and (
-            self.activation == "tanh" or (self.cell, self.activation) == ("rnn", "relu")
-        )
+        if self.activation != "tanh" and (self.cell, self.activation) != ("rnn", "relu"):
+            return False
+        return all(getattr(self, name) == default for name, default in _OF_PLAIN_CELLS)
 
     @property
     def gate_names(self) -> tuple[str, ...]:
@@ -243,6 +243,11 @@ class CellSpec:
         projection = {"w_hr": (self.proj, hidden)} if self.proj else {}
         peephole = {"peephole": (len(self.peepholes), hidden)} if self.peephole else {}
         return {"w_ih": (rows, inputs), "w_hh": (rows, self.output(hidden)), **biases, **projection, **peephole}
+
+
+_OF_PLAIN_CELLS = tuple(
+    (field.name, field.default) for field in fields(CellSpec) if field.name not in ("cell", "activation", "bias", "proj")
+)
 
 
 def zoneout_of(cell: str, given: object) -> tuple[float, float]:

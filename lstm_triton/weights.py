@@ -65,7 +65,8 @@ def weights(arrays: Arrays, source: str, cell: str = "lstm", **layout: Any) -> d
             may be there: direction=0 or 1 chooses where it is two. input_forget=1 is the coupled cell, of which the
             rows for f are left out. linear_before_reset=0 or 1 is the function's reset_after; the arrays are the same.
         "cs231n": [Wx, Wh, b], of the course's lstm (i, f, o, g) or rnn.
-    Biases and P may be missing at the end, or None.
+    Biases and P may be missing at the end, or None. What arrays do not hold has to be said to the function or layer:
+    activations (Keras 3's hard_sigmoid is ("hard_sigmoid", 1/6, 0.5)), reset_after, ONNX's clip as gate_clip.
 
     Raises ValueError or TypeError naming the array, what was expected and what it is.
     """

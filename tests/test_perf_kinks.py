@@ -12,8 +12,6 @@ from lstm_triton.perf.problems import Problem, Tensors, call, draw
 
 from lstm_triton.spec import OPTIONS, CellSpec, variants
 
-pytestmark = pytest.mark.both
-
 KINKED = [spec for spec in variants() if kinks.has_kinks(spec)]
 
 
