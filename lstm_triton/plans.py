@@ -100,7 +100,9 @@ class LaunchPlan:
                 lines.append(f"  a step is two products, the second of them in K tiles of {kernel.block_k_r}")
             if self.spec.waits > 1 and kernel.engine != "local":
                 waits = self.spec.waits
-                how = f"a step is {waits} launches" if kernel.engine == "step" else f"programs wait {waits} times a step"
+                how = (
+                    f"a step is {waits} launches" if kernel.engine == "step" else f"programs wait {waits} times a step"
+                )
                 lines.append(f"  {how}")
             if kernel.tuned:
                 lines.append(f"  chosen by a search on such a GPU, where it took {kernel.measured_us:.2f} us a step")

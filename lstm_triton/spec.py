@@ -246,7 +246,9 @@ class CellSpec:
 
 
 _OF_PLAIN_CELLS = tuple(
-    (field.name, field.default) for field in fields(CellSpec) if field.name not in ("cell", "activation", "bias", "proj")
+    (field.name, field.default)
+    for field in fields(CellSpec)
+    if field.name not in ("cell", "activation", "bias", "proj")
 )
 
 
