@@ -1,7 +1,7 @@
 """Activations, finite for every finite input, NaN for NaN, and their derivatives.
 
-ACT is (name, alpha, beta), with ONNX's meaning. The derivatives of tanh, sigmoid and relu are taken from the value, the
-others from the argument.
+ACT is (name, alpha, beta, whether the value is enough), with ONNX's meaning. The derivatives of tanh, sigmoid and relu
+are taken from the value, the others from the argument.
 """
 
 import triton

@@ -272,7 +272,7 @@ def sequence_backward(
         seed = tl.load(seed_ptr)
     da = ()
     if LOCAL:
-        for _ in tl.static_range(GATES * TILES):
+        for _tile in tl.static_range(GATES * TILES):
             da = da + (tl.zeros((BLOCK_B, BLOCK_H), STORAGE),)
     keep_next = mask_b
     if MASKED:

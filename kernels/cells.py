@@ -11,7 +11,7 @@ x, h        tuples of G tiles: W_ih x[t] + b_ih and W_hh h[t-1] + b_hh, one a ga
             apart because the GRU needs its recurrent product alone.
 state       what a unit carries through time in full precision: c for the LSTM, h for the others
 out         what h comes from, with the state: the LSTM's gate o, h itself for the others
-kept        tuple of G gates, what backward reads again: activated, or with OPT.preactivations before that
+kept        tuple of G gates, what backward reads again, see `keep`
 extra       one more tile that backward reads: the GRU's recurrent product of gate n. Unused elsewhere.
 params      tuple of [1, BLOCK_H], a number for each unit: the peepholes
 dh, dstate  the loss's gradient by h[t] (all of it) and by state[t] (what came from step t+1, and by `output`)
@@ -36,14 +36,14 @@ def gate(a, ACT: tl.constexpr, OPT: tl.constexpr):
 
 
 @triton.jit
-def keep(a, value, OPT: tl.constexpr):
-    """What backward reads of a gate: its value, or with OPT.preactivations what that came from.
+def keep(a, value, ACT: tl.constexpr, OPT: tl.constexpr):
+    """What backward reads of a gate: its value, or what that came from, where the value does not tell the derivative.
 
     With a mark where it was clipped, which no rounding can blur: twice the bound, or as a value 2 or -2.
     """
-    kept = a if OPT.preactivations else value
+    kept = value if ACT[3] else a
     if OPT.gate_clip is not None:
-        mark = clip(a, OPT.gate_clip) * (2 if OPT.preactivations else 2 / OPT.gate_clip)
+        mark = clip(a, OPT.gate_clip) * (2 / OPT.gate_clip if ACT[3] else 2)
         kept = tl.where(tl.abs(a) > tl.zeros_like(a) + OPT.gate_clip, mark, kept)
     return kept
 
@@ -51,7 +51,7 @@ def keep(a, value, OPT: tl.constexpr):
 @triton.jit
 def reopen(kept, ACT: tl.constexpr, OPT: tl.constexpr):
     """The gate again, from what was kept of it."""
-    if OPT.preactivations:
+    if not ACT[3]:
         return gate(kept, ACT, OPT)
     elif OPT.gate_clip is not None:
         bound = tl.zeros_like(kept) + OPT.gate_clip
@@ -64,8 +64,8 @@ def reopen(kept, ACT: tl.constexpr, OPT: tl.constexpr):
 def gate_gradient(dy, kept, value, ACT: tl.constexpr, OPT: tl.constexpr):
     """By the pre-activation, from dy by the gate's value."""
     if OPT.gate_clip is not None:
-        a = clip(kept, OPT.gate_clip) if OPT.preactivations else kept
-        marked = tl.abs(kept) > tl.zeros_like(kept) + (1.5 * OPT.gate_clip if OPT.preactivations else 1.5)
+        a = kept if ACT[3] else clip(kept, OPT.gate_clip)
+        marked = tl.abs(kept) > tl.zeros_like(kept) + (1.5 if ACT[3] else 1.5 * OPT.gate_clip)
         return tl.where(marked, tl.zeros_like(dy), activation_gradient(dy, a, value, ACT))
     else:
         return activation_gradient(dy, kept, value, ACT)
@@ -95,9 +95,14 @@ def lstm_forward(x, h, state, params, OPT: tl.constexpr):
         a_o += params[OPT.g] * c
     o = gate(a_o, OPT.recurrent, OPT)
     if OPT.coupled:
-        kept = (keep(a_i, i, OPT), keep(a_g, g, OPT), keep(a_o, o, OPT))
+        kept = (keep(a_i, i, OPT.recurrent, OPT), keep(a_g, g, OPT.activation, OPT), keep(a_o, o, OPT.recurrent, OPT))
     else:
-        kept = (keep(a_i, i, OPT), keep(a_f, f, OPT), keep(a_g, g, OPT), keep(a_o, o, OPT))
+        kept = (
+            keep(a_i, i, OPT.recurrent, OPT),
+            keep(a_f, f, OPT.recurrent, OPT),
+            keep(a_g, g, OPT.activation, OPT),
+            keep(a_o, o, OPT.recurrent, OPT),
+        )
     return o, c, kept, c
 
 
@@ -168,7 +173,12 @@ def gru_forward(x, h, state, params, OPT: tl.constexpr):
     a_n = x[2] + r * h[2]
     n = gate(a_n, OPT.activation, OPT)
     h_t = n + z * (state - n)
-    return h_t, h_t, (keep(a_r, r, OPT), keep(a_z, z, OPT), keep(a_n, n, OPT)), h[2]
+    return (
+        h_t,
+        h_t,
+        (keep(a_r, r, OPT.recurrent, OPT), keep(a_z, z, OPT.recurrent, OPT), keep(a_n, n, OPT.activation, OPT)),
+        h[2],
+    )
 
 
 @triton.jit
@@ -190,14 +200,14 @@ def gru_reset(x, h, state, OPT: tl.constexpr):
     """The first half of a GRU whose reset comes before the product (Cho et al. 2014): r h[t-1], and z."""
     a_r, a_z = x[0] + h[0], x[1] + h[1]
     r, z = gate(a_r, OPT.recurrent, OPT), gate(a_z, OPT.recurrent, OPT)
-    return r * state, z, (keep(a_r, r, OPT), keep(a_z, z, OPT))
+    return r * state, z, (keep(a_r, r, OPT.recurrent, OPT), keep(a_z, z, OPT.recurrent, OPT))
 
 
 @triton.jit
 def gru_update(a_n, z, state, OPT: tl.constexpr):
     """The second half: n = phi(a_n), a_n = x_n + W_hn (r h[t-1]) + b_hn, h[t] = (1 - z) n + z h[t-1]."""
     n = gate(a_n, OPT.activation, OPT)
-    return n + z * (state - n), keep(a_n, n, OPT)
+    return n + z * (state - n), keep(a_n, n, OPT.activation, OPT)
 
 
 @triton.jit
@@ -221,7 +231,7 @@ def rnn_forward(x, h, state, params, OPT: tl.constexpr):
     """h[t] = phi(x + W_hh h[t-1] + b_hh) (Elman 1990)."""
     a = x[0] + h[0]
     h_t = gate(a, OPT.activation, OPT)
-    return h_t, h_t, (keep(a, h_t, OPT),), h_t
+    return h_t, h_t, (keep(a, h_t, OPT.activation, OPT),), h_t
 
 
 @triton.jit

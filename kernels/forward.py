@@ -454,8 +454,7 @@ def sequence_forward(
                 tl.store(stats_ptr + offs_b * 4 + 3, scale, mask=mask_b & (member == 0))
             made = normalise(made, mean + poison, scale, units_masks, 1)
             for tile in tl.static_range(TILES):
-                NORM_ROW: tl.constexpr = OPT.norm_row + G
-                c = made[tile] * params[tile * PARAMS + NORM_ROW] + params[tile * PARAMS + NORM_ROW + 1]
+                c = made[tile] * params[tile * PARAMS + OPT.norm_row + G] + params[tile * PARAMS + OPT.norm_row + G + 1]
                 h_t = OUTPUT(outs[tile], c, OPT)
                 c = zone(c, state[tile], bits_state[tile] if OPT.random else 0, OPT.zone_state, OPT.random)
                 if MASKED:

@@ -15,15 +15,17 @@ def own_moments(tiles, own_columns, masks_n, GATES: tl.constexpr, ACC: tl.conste
 
     tiles: GATES for each of masks_n, zero in columns that are not there.
     """
-    total = tl.sum(tiles[0], 1)
+    every = tiles[0]
     for tile in tl.static_range(1, len(tiles)):
-        total += tl.sum(tiles[tile], 1)
+        every += tiles[tile]
+    total = tl.sum(every, 1)
     mean = total / tl.maximum(own_columns, 1).to(ACC)
-    squares = tl.zeros_like(total)
+    every = tl.zeros_like(every)
     for tile in tl.static_range(len(tiles)):
         off = tiles[tile] - mean[:, None]
         off = tl.where(masks_n[tile // GATES][None, :], off, tl.zeros_like(off))
-        squares += tl.sum(off * off, 1)
+        every += off * off
+    squares = tl.sum(every, 1)
     return total, squares
 
 
@@ -78,11 +80,12 @@ def normalise(tiles, mean, scale, masks_n, GATES: tl.constexpr):
 @triton.jit
 def own_gradient_sums(dnormal, normal):
     """Of each row over this program's columns: the sum of dnormal, and of dnormal times the normalised values."""
-    first = tl.sum(dnormal[0], 1)
-    second = tl.sum(dnormal[0] * normal[0], 1)
+    first = dnormal[0]
+    second = dnormal[0] * normal[0]
     for tile in tl.static_range(1, len(dnormal)):
-        first += tl.sum(dnormal[tile], 1)
-        second += tl.sum(dnormal[tile] * normal[tile], 1)
+        first += dnormal[tile]
+        second += dnormal[tile] * normal[tile]
+    first, second = tl.sum(first, 1), tl.sum(second, 1)
     return first, second
 
 

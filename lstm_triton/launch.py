@@ -39,9 +39,10 @@ class Options(NamedTuple):
     """OPT of the kernels: what a cell's functions and the sequence kernels have to know of a CellSpec."""
 
     has_c: bool  # a cell state beside h
-    activation: tuple[str, float, float]
-    recurrent: tuple[str, float, float]
-    output: tuple[str, float, float]
+    # Of the candidate, the gates, and the LSTM's c: name, alpha, beta, and whether a gate is kept by its value.
+    activation: tuple[str, float, float, bool]
+    recurrent: tuple[str, float, float, bool]
+    output: tuple[str, float, float, bool]
     g: int  # where the LSTM's gate g stands; o comes after it
     peephole: bool
     coupled: bool
@@ -50,7 +51,6 @@ class Options(NamedTuple):
     projected: bool
     reset_before: bool
     two_products: bool  # either of these two
-    preactivations: bool  # gates are kept before their activation
     keep_gates: bool  # gates are kept at all
     remake_cell: bool  # backward computes c[t] again, since the state is something else
     norm: bool
@@ -114,9 +114,9 @@ def options(spec: CellSpec, masks: int, random: bool) -> Options:
     zone_h, zone_c = ((p, round(p * 2**24)) for p in spec.zoneout)
     return Options(
         has_c=lstm,
-        activation=activation_of(spec.activation),
-        recurrent=activation_of(spec.recurrent_activation),
-        output=activation_of(spec.output_phi),
+        activation=(*activation_of(spec.activation), spec.keeps_value(spec.activation)),
+        recurrent=(*activation_of(spec.recurrent_activation), spec.keeps_value(spec.recurrent_activation)),
+        output=(*activation_of(spec.output_phi), True),
         g=1 if spec.coupled else 2,
         peephole=spec.peephole,
         coupled=spec.coupled,
@@ -125,7 +125,6 @@ def options(spec: CellSpec, masks: int, random: bool) -> Options:
         projected=spec.proj > 0,
         reset_before=not spec.reset_after,
         two_products=spec.two_products,
-        preactivations=spec.keeps_preactivations,
         keep_gates=saves(spec)[0],
         remake_cell=spec.remakes_cell,
         norm=spec.layer_norm,

@@ -111,6 +111,11 @@ class KernelProblem:
         return self.spec.gates if self.spec.reset_after else 2
 
     @property
+    def heavy(self) -> bool:
+        """The cell holds more tiles than the plain one, up to twice as many."""
+        return self.spec.layer_norm or self.spec.keeps_preactivations or self.masks > 1
+
+    @property
     def segment(self) -> int:
         """The run of that depth which one product goes through: with a mask for each gate, backward's are apart."""
         return self.H if self.masks > 1 and not self.forward else self.k
@@ -347,7 +352,7 @@ def _product(problem: KernelProblem, engine: str, block_b: int, block_h: int, ti
     if engine == "local":
         # Forward's product is wide enough for all warps; backward's is deep, so its K is sliced.
         split_k = 1 if problem.forward or problem.scalar else max(1, min(4, block_h // 16))
-        return Product(block_h, split_k, AHEAD, 1, 8 if block_b * block_h * tiles > 1024 else 4)
+        return Product(block_h, split_k, AHEAD, 1, 8 if problem.heavy or block_b * block_h * tiles > 1024 else 4)
     if problem.scalar:  # FMA on operands in registers, and a short K tile, since it is unrolled
         return Product(32 if problem.segment >= 32 else 16, 1, AHEAD, 2, 8 if block_b * n * itemsize > 2048 else 4)
     if block_b == 16:
@@ -372,9 +377,12 @@ def _registers(
     """What would not fit the registers, by the same reading; empty where all does."""
     kind, scalar = problem.kind, problem.scalar
     narrow = kind != "half" if engine == "local" else split_k > 1 or kind == "fp64"
-    held = 4 if narrow else 8  # of each of the cell's tiles, values in a thread
+    norm = problem.spec.layer_norm
+    held = 4 if narrow or norm else 8  # of each of the cell's tiles, values in a thread
     if block_b * block_h * tiles > threads * held:
         return "the cell's tiles would not fit the registers"
+    if norm and engine == "local" and block_h < 32:
+        return "what is normalised would not fit the registers in tiles of less than 32 units"
     if scalar and (engine == "resident" or (engine == "local" and problem.H > 32)):
         return (
             f"{kind} products are scalar, and unrolled would not fit the registers: allow TF32, or stream the weights"

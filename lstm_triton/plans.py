@@ -129,7 +129,7 @@ class LaunchPlan:
             found.append("reset before the product: a second product, of r h[t-1], and a second wait")
         found += [f"{name}={getattr(spec, name)}" for name in ("cell_clip", "gate_clip") if getattr(spec, name)]
         if spec.keeps_preactivations:
-            found.append("gates are kept before their activation, and activated again in backward")
+            found.append("gates whose value does not tell the derivative are activated again in backward")
         if spec.layer_norm:
             what = "the recurrent product and c are" if spec.cell == "lstm" else "the recurrent product is"
             times = "twice" if spec.cell == "lstm" else "once"

@@ -116,16 +116,16 @@ def opened(spec: CellSpec, a: Tensor, activation: Activation) -> Tensor:
 
 def kept_gate(spec: CellSpec, a: Tensor, activation: Activation) -> Tensor:
     """What the kernels keep of a gate (kernels/cells.py, `keep`), from its pre-activation."""
-    kept = a if spec.keeps_preactivations else opened(spec, a, activation)
+    kept = opened(spec, a, activation) if spec.keeps_value(activation) else a
     if spec.gate_clip is None:
         return kept
-    mark = 2 * spec.gate_clip if spec.keeps_preactivations else 2
+    mark = 2 if spec.keeps_value(activation) else 2 * spec.gate_clip
     return torch.where(a.abs() > spec.gate_clip, mark * a.sign(), kept)
 
 
 def reopened(spec: CellSpec, kept: Tensor, activation: Activation) -> Tensor:
     """A gate from what was kept of it."""
-    if spec.keeps_preactivations:
+    if not spec.keeps_value(activation):
         return opened(spec, kept, activation)
     if spec.gate_clip is None:
         return kept

@@ -187,13 +187,18 @@ class CellSpec:
         """How often in a step a program needs something from all others of its group."""
         return 1 + self.two_products + self.layer_norm * (2 if self.cell == "lstm" else 1)
 
+    def keeps_value(self, activation: Activation) -> bool:
+        """Backward reads the value of a gate with this activation, and not what that came from.
+
+        Where the value tells the derivative; with gate_clip it must also leave room for a mark.
+        """
+        return activation in FROM_VALUE and not (activation == "relu" and self.gate_clip is not None)
+
     @property
     def keeps_preactivations(self) -> bool:
-        """Backward reads the gates before their activation, since their values do not tell the derivative."""
+        """Some gate is kept before its activation, and activated again in backward."""
         used = (self.activation,) if self.cell == "rnn" else (self.activation, self.recurrent_activation)
-        return any(activation not in FROM_VALUE for activation in used) or (
-            self.gate_clip is not None and "relu" in used
-        )
+        return not all(map(self.keeps_value, used))
 
     @property
     def remakes_cell(self) -> bool:

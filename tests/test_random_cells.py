@@ -1,8 +1,7 @@
 """Cells drawn at random, every option with every other, on every engine, against the float64 reference.
 
 A few dozen run with the suite; `pytest tests/test_random_cells.py --configurations 1000` draws as many as you ask for.
-A
-configuration is its seed: one that fails can be run alone (-k "seed17-") and comes out the same.
+A configuration is its seed: one that fails can be run alone (-k "seed17-") and comes out the same.
 """
 
 from __future__ import annotations
