@@ -182,7 +182,7 @@ def sequence_backward(
     CELL: tl.constexpr, OUTPUT: tl.constexpr, MADE: tl.constexpr, OPT: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     H_SLOT: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, TILES_P: tl.constexpr, N_H: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K_R: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K_R: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr,
     STAGES: tl.constexpr, LOCAL: tl.constexpr, SYNC: tl.constexpr, RESIDENT: tl.constexpr, REVERSE: tl.constexpr,
     PRODUCT: tl.constexpr, SECOND: tl.constexpr, CELLS: tl.constexpr, OUTPUTS: tl.constexpr, MASKED: tl.constexpr,
     HAS_DCELLS: tl.constexpr, SAVE_GATES: tl.constexpr, SAVE_EXTRA: tl.constexpr,
@@ -276,7 +276,7 @@ def sequence_backward(
             da = da + (tl.zeros((BLOCK_B, BLOCK_H), STORAGE),)
     keep_next = mask_b
     if MASKED:
-        following = tl.load(steps_ptr + stride_t + offs_b, mask=mask_b & (chained != 0), other=0)
+        following = tl.load(steps_ptr + stride_t + offs_b, mask=mask_b & (offs_b * 0 + chained != 0), other=0)
         keep_next = (following & 2) == 0
 
     ok = True
@@ -333,11 +333,11 @@ def sequence_backward(
             ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
             target += N_H
             poison = tl.where(ok, 0.0, float("nan"))
-        has_next = mask_b & ((step > 0) | (chained != 0))
+        has_next = mask_b & (offs_b * 0 + step + chained > 0)
         if MASKED:
             has_next = has_next & keep_rows
         if OPT.projected:
-            has_next = has_next & (member * BLOCK_H < P)
+            has_next = has_next & (offs_b * 0 + member * BLOCK_H < P)
         dh_next = ()
         dh_tiles = ()
         da_next = ()
@@ -494,7 +494,7 @@ def sequence_backward(
                 douts = load_planes(scratch_ptr, units, offs_b, masks, 1, H, G + 2)
                 dmades = load_planes(scratch_ptr + H, units, offs_b, masks, 1, H, G + 2)
             dmades = row_gradients(
-                dmades, normal, scale_c, first, second, sums_c, offs_b, mask_b, poison, H, N_H, MEMBERS, LOCAL
+                dmades, normal, scale_c, first, second, sums_c, offs_b, mask_b, poison, H, N_H, CHUNK, LOCAL, ACC
             )  # fmt: skip
             for tile in tl.static_range(TILES):
                 state_prev = state_next[tile]
@@ -538,7 +538,7 @@ def sequence_backward(
                 dnormal = load_planes(scratch_ptr, units, offs_b, masks, G, H, G + 2)
             da_next = row_gradients(
                 dnormal, as_type(normed, ACC), scale_h, first, second, sums_t, offs_b, mask_b, poison,
-                G * H, N_H, MEMBERS, LOCAL,
+                G * H, N_H, CHUNK, LOCAL, ACC,
             )  # fmt: skip
             da_next = as_type(da_next, STORAGE)
             store_planes(slots_ptr, units, offs_b, masks, da_next, H_SLOT, G, H, D, STORAGE)

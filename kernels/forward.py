@@ -152,7 +152,7 @@ def sequence_forward(
     CELL: tl.constexpr, OUTPUT: tl.constexpr, OPT: tl.constexpr,
     G: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, TILES_P: tl.constexpr, N_H: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K_R: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K_R: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     LOCAL: tl.constexpr, SYNC: tl.constexpr, RESIDENT: tl.constexpr, REVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRODUCT: tl.constexpr, CELLS: tl.constexpr, OUTPUTS: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
@@ -286,7 +286,8 @@ def sequence_forward(
             counts = ((flags & 1) != 0)[:, None]
             keep = (flags & 2) == 0
             # The next step's come now: so they are not waited for, and no compiler can move them into the product.
-            flags = tl.load(steps_ptr + stride_t + offs_b, mask=mask_b & (step + 1 < T), other=0).to(tl.int32)
+            more = mask_b & (offs_b * 0 + step + 1 < T)
+            flags = tl.load(steps_ptr + stride_t + offs_b, mask=more, other=0).to(tl.int32)
             mask_rows = mask_b & keep
             h = zero_rows(h, keep)
             state = zero_rows(state, keep)
@@ -343,13 +344,13 @@ def sequence_forward(
             if HANDED_OVER:
                 products = load_planes(scratch_ptr, units, offs_b, masks, G, H, G + 2)
             mean, scale = row_moments(
-                totals, squares, sums_t, offs_b, mask_b, H, TILES * BLOCK_H, G, N_H, MEMBERS, LOCAL, OPT.epsilon
+                totals, squares, sums_t, offs_b, mask_b, H, TILES * BLOCK_H, G, N_H, CHUNK, LOCAL, OPT.epsilon, ACC
             )  # fmt: skip
             products = normalise(products, mean + poison, scale, units_masks, G)
             if SAVE_GATES:
                 store_planes(normed_ptr, units, offs_b, masks, products, 0, G, H, G, STORAGE)
-                tl.store(stats_ptr + offs_b * 4, mean, mask=mask_b & (member == 0))
-                tl.store(stats_ptr + offs_b * 4 + 1, scale, mask=mask_b & (member == 0))
+                tl.store(stats_ptr + offs_b * 4, mean, mask=mask_b & (offs_b * 0 + member == 0))
+                tl.store(stats_ptr + offs_b * 4 + 1, scale, mask=mask_b & (offs_b * 0 + member == 0))
 
         r = ()
         h_next = ()
@@ -447,11 +448,11 @@ def sequence_forward(
                 outs = load_planes(scratch_ptr + G * H, units, offs_b, masks, 1, H, G + 2)
                 made = load_planes(scratch_ptr + (G + 1) * H, units, offs_b, masks, 1, H, G + 2)
             mean, scale = row_moments(
-                totals, squares, sums_c, offs_b, mask_b, H, TILES * BLOCK_H, 1, N_H, MEMBERS, LOCAL, OPT.epsilon
+                totals, squares, sums_c, offs_b, mask_b, H, TILES * BLOCK_H, 1, N_H, CHUNK, LOCAL, OPT.epsilon, ACC
             )  # fmt: skip
             if SAVE_GATES:
-                tl.store(stats_ptr + offs_b * 4 + 2, mean, mask=mask_b & (member == 0))
-                tl.store(stats_ptr + offs_b * 4 + 3, scale, mask=mask_b & (member == 0))
+                tl.store(stats_ptr + offs_b * 4 + 2, mean, mask=mask_b & (offs_b * 0 + member == 0))
+                tl.store(stats_ptr + offs_b * 4 + 3, scale, mask=mask_b & (offs_b * 0 + member == 0))
             made = normalise(made, mean + poison, scale, units_masks, 1)
             for tile in tl.static_range(TILES):
                 c = made[tile] * params[tile * PARAMS + OPT.norm_row + G] + params[tile * PARAMS + OPT.norm_row + G + 1]
@@ -483,7 +484,7 @@ def sequence_forward(
                 poison = tl.where(ok, 0.0, float("nan"))
             has_second = mask_b
             if OPT.projected:
-                has_second = mask_b & (member * BLOCK_H < P)
+                has_second = mask_b & (offs_b * 0 + member * BLOCK_H < P)
             if OPT.reset_before and HANDED_OVER:
                 for tile in tl.static_range(TILES):
                     z = tl.load(

@@ -38,33 +38,49 @@ def send_sums(sums_ptr, first, second, offs_b, mask_b, member, N_H: tl.constexpr
 
 
 @triton.jit
-def group_sums(sums_ptr, offs_b, mask_b, N_H: tl.constexpr, POW2: tl.constexpr):
-    """What every program of the group sent: two tiles [BLOCK_B, N_H], padded with zeros to a power of two."""
-    members = tl.arange(0, POW2)
+def load_sums(sums_ptr, first, offs_b, mask_b, N_H: tl.constexpr, CHUNK: tl.constexpr):
+    """What CHUNK programs of the group sent, from `first` on: two tiles [BLOCK_B, CHUNK], zero beyond the last."""
+    members = first + tl.arange(0, CHUNK)
     at = (offs_b[:, None] * N_H + members[None, :]) * 2
     mask = mask_b[:, None] & (members < N_H)[None, :]
     return tl.load(sums_ptr + at, mask=mask, other=0.0), tl.load(sums_ptr + at + 1, mask=mask, other=0.0)
 
 
 @triton.jit
+def group_sums(sums_ptr, offs_b, mask_b, N_H: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr):
+    """The sums of each row over all programs of the group, CHUNK of them at a time: large groups fit the registers."""
+    first = tl.zeros((offs_b.shape[0], CHUNK), ACC)
+    second = tl.zeros((offs_b.shape[0], CHUNK), ACC)
+    for member in tl.range(0, N_H, CHUNK, num_stages=1):
+        a, b = load_sums(sums_ptr, member, offs_b, mask_b, N_H, CHUNK)
+        first += a
+        second += b
+    return tl.sum(first, 1), tl.sum(second, 1)
+
+
+@triton.jit
 def row_moments(
     totals, squares, sums_ptr, offs_b, mask_b, COLUMNS: tl.constexpr, OWN: tl.constexpr, GATES: tl.constexpr,
-    N_H: tl.constexpr, MEMBERS: tl.constexpr, LOCAL: tl.constexpr, EPSILON: tl.constexpr,
+    N_H: tl.constexpr, CHUNK: tl.constexpr, LOCAL: tl.constexpr, EPSILON: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of each row of GATES * COLUMNS, from what own_moments found in every program.
 
     A program has OWN columns of each gate, the last ones fewer or none.
     """
     if LOCAL:
-        totals, squares = totals[:, None], squares[:, None]
+        mean = totals / (COLUMNS * GATES)
     else:
-        totals, squares = group_sums(sums_ptr, offs_b, mask_b, N_H, MEMBERS)
-    members = tl.arange(0, 1 if LOCAL else MEMBERS)
-    counts = (tl.minimum(tl.maximum(COLUMNS - members * OWN, 0), OWN) * GATES).to(totals.dtype)[None, :]
-    mean = tl.sum(totals, 1) / (COLUMNS * GATES)
-    off = totals / tl.maximum(counts, 1) - mean[:, None]
-    variance = (tl.sum(squares, 1) + tl.sum(off * off * counts, 1)) / (COLUMNS * GATES)
-    return mean, 1 / tl.sqrt(variance + EPSILON)
+        total, squares = group_sums(sums_ptr, offs_b, mask_b, N_H, CHUNK, ACC)
+        mean = total / (COLUMNS * GATES)
+        between = tl.zeros((offs_b.shape[0], CHUNK), ACC)
+        for member in tl.range(0, N_H, CHUNK, num_stages=1):
+            columns = COLUMNS - (member + tl.arange(0, CHUNK)) * OWN
+            count = (tl.minimum(tl.maximum(columns, 0), OWN) * GATES).to(ACC)
+            of_member, _ = load_sums(sums_ptr, member, offs_b, mask_b, N_H, CHUNK)
+            off = of_member * (1 / tl.maximum(count, 1))[None, :] - mean[:, None]
+            between += off * off * count[None, :]
+        squares += tl.sum(between, 1)
+    return mean, 1 / tl.sqrt(squares / (COLUMNS * GATES) + EPSILON)
 
 
 @triton.jit
@@ -92,12 +108,11 @@ def own_gradient_sums(dnormal, normal):
 @triton.jit
 def row_gradients(
     dnormal, normal, scale, first, second, sums_ptr, offs_b, mask_b, poison, COLUMNS: tl.constexpr,
-    N_H: tl.constexpr, MEMBERS: tl.constexpr, LOCAL: tl.constexpr,
+    N_H: tl.constexpr, CHUNK: tl.constexpr, LOCAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradients by what was normalised, rows of COLUMNS, from what own_gradient_sums found in every program."""
     if not LOCAL:
-        firsts, seconds = group_sums(sums_ptr, offs_b, mask_b, N_H, MEMBERS)
-        first, second = tl.sum(firsts, 1), tl.sum(seconds, 1)
+        first, second = group_sums(sums_ptr, offs_b, mask_b, N_H, CHUNK, ACC)
     first, second = first / COLUMNS + poison, second / COLUMNS
     found = ()
     for tile in tl.static_range(len(dnormal)):

@@ -20,7 +20,7 @@ from .kernels import cells, sync
 from .kernels.backward import sequence_backward
 from .kernels.forward import sequence_forward
 from .plans import KernelPlan, LaunchPlan
-from .spec import EPSILON, CellSpec, activation_of
+from .spec import EPSILON, Activation, CellSpec, activation_of
 
 #: True where TRITON_INTERPRET=1 was set when triton was imported: kernels run on the CPU, one program after another.
 INTERPRETED = isinstance(sequence_forward, InterpretedFunction)
@@ -39,10 +39,11 @@ class Options(NamedTuple):
     """OPT of the kernels: what a cell's functions and the sequence kernels have to know of a CellSpec."""
 
     has_c: bool  # a cell state beside h
-    # Of the candidate, the gates, and the LSTM's c: name, alpha, beta, and whether a gate is kept by its value.
-    activation: tuple[str, float, float, bool]
-    recurrent: tuple[str, float, float, bool]
-    output: tuple[str, float, float, bool]
+    # Of the candidate, the gates, and the LSTM's c: (name, alpha, beta, is a gate kept by its value). Tuples are
+    # constexpr here already, for Triton 3.6, which takes others apart where a function hands them on.
+    activation: tl.constexpr
+    recurrent: tl.constexpr
+    output: tl.constexpr
     g: int  # where the LSTM's gate g stands; o comes after it
     peephole: bool
     coupled: bool
@@ -59,8 +60,8 @@ class Options(NamedTuple):
     params: int  # rows of params
     dparams: int  # of which there are gradients; with norm, those by b_hh come after
     masks: int  # by which h[t-1] is multiplied: none, one, or one a gate
-    zone_h: tuple[float, int]  # zoneout's probability, and of 2^24
-    zone_state: tuple[float, int]  # of the state: c, or h
+    zone_h: tl.constexpr  # (zoneout's probability, and of 2^24)
+    zone_state: tl.constexpr  # of the state: c, or h
     random: bool  # zoneout draws; else it takes the mean
     h_slot: int  # of a cell's slots the first of those by the recurrent product
 
@@ -111,12 +112,16 @@ def saves(spec: CellSpec) -> tuple[bool, bool]:
 def options(spec: CellSpec, masks: int, random: bool) -> Options:
     """What the kernels are told. masks: by how many h[t-1] is multiplied. random: zoneout has a seed."""
     lstm, rows = spec.cell == "lstm", len(spec.rows)
-    zone_h, zone_c = ((p, round(p * 2**24)) for p in spec.zoneout)
+    zone_h, zone_c = (tl.constexpr((p, round(p * 2**24))) for p in spec.zoneout)
+
+    def of_gate(activation: Activation) -> tl.constexpr:
+        return tl.constexpr((*activation_of(activation), spec.keeps_value(activation)))
+
     return Options(
         has_c=lstm,
-        activation=(*activation_of(spec.activation), spec.keeps_value(spec.activation)),
-        recurrent=(*activation_of(spec.recurrent_activation), spec.keeps_value(spec.recurrent_activation)),
-        output=(*activation_of(spec.output_phi), True),
+        activation=of_gate(spec.activation),
+        recurrent=of_gate(spec.recurrent_activation),
+        output=of_gate(spec.output_phi),
         g=1 if spec.coupled else 2,
         peephole=spec.peephole,
         coupled=spec.coupled,
@@ -400,7 +405,7 @@ def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool, random: boo
         "TILES": kernel.tiles,
         "TILES_P": kernel.tiles_p,
         "N_H": kernel.n_h,
-        "MEMBERS": 1 << (kernel.n_h - 1).bit_length(),
+        "CHUNK": min(16, 1 << (kernel.n_h - 1).bit_length()),
         "BLOCK_K": kernel.block_k,
         "BLOCK_K_R": kernel.block_k_r,
         "SPLIT_K": kernel.split_k,

@@ -10,6 +10,7 @@ import sys
 
 import torch
 import triton
+from cell_problems import CellProblem
 
 import lstm_triton as lt
 from lstm_triton import devices, launch, planner
@@ -23,6 +24,15 @@ PLANS = [
     ("rnn", "H200", torch.float16, "local"),
     ("gru", "A100", torch.bfloat16, "step"),
 ]
+#: Cells whose options reach the farthest, engines in turn.
+OPTIONS = [
+    ("lstm peephole=True cell_clip=3.0 gate_clip=5.0 layer_norm=True zoneout=(0.1,0.2)", "local"),
+    (
+        "gru activation=('elu',0.7,0.0) recurrent_activation=hard_sigmoid reset_after=False zoneout=(0.1,0.0)",
+        "resident",
+    ),
+    ("lstm activation=softplus coupled=True proj=5", "streamed"),
+]
 SHAPE = {"local": 64, "resident": 512, "streamed": 512, "step": 256}
 
 
@@ -35,8 +45,26 @@ def compile_plans() -> None:
             capability = plan.device.capability
             assert f".target sm_{capability}" in kernel.asm["ptx"], plan.label
 
+    for text, engine in OPTIONS:
+        plan = planner.make_plan(
+            CellSpec.parse(text), 32, 16, SHAPE[engine], torch.bfloat16, devices.devices()["H200"],
+            engine=engine, masks=1,
+        )  # fmt: skip
+        for direction in ("forward", "backward"):
+            assert launch.compile_ahead(plan, direction, masked=True, random=True).asm["cubin"], text
+
+
+def interpret_options() -> None:
+    for text, _ in OPTIONS:
+        spec = CellSpec.parse(text)
+        problem = CellProblem(spec, H=7, masks=spec.gates, skips=True, seed=3, dtype=torch.float64)
+        for engine in ("step", "local"):
+            errors = problem.errors(engine=engine)
+            assert max(errors.values()) < 1e-12, (text, engine, errors)
+
 
 def interpret() -> None:
+    interpret_options()
     for cell, gates, states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn", 1, 1)):
         torch.manual_seed(0)
         steps, batch, inputs, hidden = 4, 3, 3, 7

@@ -14,9 +14,9 @@ from lstm_triton.perf.budget import CLASSES
 from lstm_triton.perf.ptx import ptx_order
 
 from lstm_triton.devices import devices
-from lstm_triton.launch import compile_ahead
+from lstm_triton.launch import compile_ahead, options, parts
 from lstm_triton.planner import ENGINES, LaunchPlan, make_plan
-from lstm_triton.spec import CellSpec
+from lstm_triton.spec import OPTIONS, CellSpec
 
 pytestmark = pytest.mark.native
 
@@ -144,3 +144,18 @@ def test_projections_and_skipped_steps(form: tuple[str, float, bool, bool], engi
                 assert len(published) == (2 if share else 1) and ptx_order(compiled.asm["ptx"], published) == []
                 waits = compiled.asm["ptx"].count("ld.global.gpu.acquire") + compiled.asm["ptx"].count("ld.acquire")
                 assert waits >= (4 if share else 2)  # each wait polls before its loop and in it
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("i", range(len(OPTIONS)), ids=lambda i: str(OPTIONS[i]))
+def test_every_option_compiles(i: int, direction: str) -> None:
+    """Engines, targets and the number of dropout masks in turn: no spill, within the plan's memory."""
+    spec, engine = OPTIONS[i], ("resident", "local", "streamed", "step")[i % 4]
+    H, B = {"local": (64, 16), "streamed": (1536, 64)}.get(engine, (512, 16))
+    masks = (0, 1, spec.gates)[i % 3]
+    plan = make_plan(spec, 64, B, H, torch.bfloat16, devices()[TARGETS[i % 3]], engine=engine, masks=masks)
+    kernel = getattr(plan, direction)
+    for part in range(len(parts(kernel, options(spec, masks, True)))):
+        compiled = compile_ahead(plan, direction, masked=True, random=True, part=part)
+        assert sass.read_cubin(compiled.asm["cubin"]).stack_bytes == 0
+        assert compiled.metadata.shared <= kernel.shared_bytes <= plan.device.shared_per_program
