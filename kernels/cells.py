@@ -1,6 +1,6 @@
 """The mathematics of one time step, on tiles [BLOCK_B, BLOCK_H] in fp32 (fp64 for fp64 storage). No pointers here.
 
-Every cell is four functions under one contract, which kernels/sequence.py calls:
+Every cell is four functions under one contract, which forward.py and backward.py call:
 
     forward(x, h, state, params, OPT)                   -> out, state, kept, extra
     output(out, state, OPT)                             -> h

@@ -1,4 +1,4 @@
-"""The kernels that `probe` times: each is one thing that a time step of kernels/sequence.py does, and nothing else.
+"""The kernels that `probe` times: each is one thing that a time step of the kernels does, and nothing else.
 
 Whatever is read or computed ends in what is stored, and the host checks that: nothing can be optimised away unseen.
 """
@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 #: In a slot to which nothing was stored yet, as two bfloat16 NaNs are. Words that are stored are below 2^30.
 EMPTY = tl.constexpr(-1)
 WORD_MASK = tl.constexpr((1 << 30) - 1)
-#: A tile of 16 rows and 8 bfloat16 values, as sequence.py's smallest: words of two.
+#: A tile of 16 rows and 8 bfloat16 values, as the kernels' smallest: words of two.
 ROWS, WORDS = tl.constexpr(16), tl.constexpr(4)
 
 
@@ -158,7 +158,7 @@ def multiply(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One K tile of sequence.py's product, over and over, both operands on chip: a slice of K a warp, or plain."""
+    """One K tile of the kernels' product, over and over, both operands on chip: a slice of K a warp, or plain."""
     DTYPE: tl.constexpr = rows_ptr.dtype.element_ty
     offs_b = tl.arange(0, ROWS)
     offs_n = tl.arange(0, N)

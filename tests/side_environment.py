@@ -1,6 +1,6 @@
 """Run by test_side_environments in a process of its own, with another Triton first on the path.
 
-python side_environment.py compile      ahead of time, for three GPUs; prints Triton's version
+python side_environment.py compile      ahead of time, for three GPUs, and as a launch does; prints Triton's version
 python side_environment.py interpret    numerics of the interpreted kernels; wants TRITON_INTERPRET=1
 """
 
@@ -11,6 +11,7 @@ import sys
 import torch
 import triton
 from cell_problems import CellProblem
+from launch_rehearsal import rehearse
 
 import lstm_triton as lt
 from lstm_triton import devices, launch, planner
@@ -52,6 +53,8 @@ def compile_plans() -> None:
         )  # fmt: skip
         for direction in ("forward", "backward"):
             assert launch.compile_ahead(plan, direction, masked=True, random=True).asm["cubin"], text
+
+    rehearse([(CellSpec("gru"), 0), (CellSpec.parse(OPTIONS[1][0]), 1)])
 
 
 def interpret_options() -> None:
