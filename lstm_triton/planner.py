@@ -113,7 +113,7 @@ class KernelProblem:
     @property
     def heavy(self) -> bool:
         """The cell holds more tiles than the plain one, up to twice as many."""
-        return self.spec.layer_norm or self.spec.keeps_preactivations or self.masks > 1
+        return self.spec.layer_norm or self.masks > 1
 
     @property
     def segment(self) -> int:
