@@ -39,6 +39,7 @@ report: venv
 
 resources: venv
 	$(BIN)/python -m lstm_triton.perf resources --out perf/results/resources $(ARGS)
+	$(BIN)/python -m lstm_triton.perf resources --variants --out perf/results/resources
 
 lint: venv
 	$(BIN)/ruff check .

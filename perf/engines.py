@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from lstm_triton.planner import ENGINES
-from lstm_triton.spec import CellSpec, variants
+from lstm_triton.spec import GATES, OPTIONS, CellSpec, variants
 
 from . import environment, table
 from .cases import DTYPES, precision
+from .kinks import has_kinks
 from .numerics import alive
 from .precompile import Kernel, ahead
-from .problems import Problem, check_engine
+from .problems import Problem, check_engine, paired
 
 KEY = ("engine", "cell", "dtype", "seq", "batch", "hidden", "width", "tile", "form")
 FIELDS = (*KEY, "status", "error", "worst", "allowed", "detail", "source")
@@ -43,6 +44,17 @@ ONE = (1, 1, 37, 10)
 #: In 16 bits a single unit saturates: its gradient by a gate near 1 has no correct digit.
 SINGLE = (1, 1, 1, 1)
 SIZES = ((33, 70, 72, 40), (12, 20, 1000, 100), (200, 17, 130, 33), (64, 16, 256, 256))
+#: Of cells with options, at which each engine has several groups, and several programs in one where it can.
+OPTIONAL = (9, 40, 130, 33)
+#: Forms of dropout, and the cells whose recurrent products differ, so that their masks come in at different places.
+MASKED = ("shared", "per gate")
+PRODUCTS = (
+    CellSpec("lstm"),
+    CellSpec("lstm", proj=3),
+    CellSpec("gru"),
+    CellSpec("rnn"),
+    CellSpec("gru", reset_after=False),
+)
 #: Groups of 125 programs, of which only one or two fit on a GPU at a time: the rest comes in further launches.
 WAVES, WAVES_TILE = (4, 40, 1000, 20), (16, 8)
 #: With a tile a sequence is also checked alone in its batch.
@@ -50,45 +62,68 @@ TILED, TILE = (5, 40, 24, 7), (16, 16)
 
 
 def interpreted() -> list[Problem]:
-    """Engine by cell, and with skipped steps and a projection, at a size that takes the interpreter a moment.
+    """Engine by cell, with skipped steps and a projection, and each option by one engine, at a size that takes the
+    interpreter a moment.
 
     Its programs run one after another, so an engine that waits gets a tile that leaves one program a group.
     """
     tile = {"resident": (16, 32), "streamed": (16, 32)}
-    plain = [spec for spec in variants() if spec == CellSpec(spec.cell)]
+    plain = [CellSpec(cell) for cell in GATES]
     found = [Problem(spec, engine, "fp32", 4, 3, 20, 12, tile.get(engine)) for engine in ENGINES for spec in plain]
     projected = next(spec for spec in variants() if spec.proj)
-    return found + [replace(problem, spec=projected, ragged=True) for problem in found if problem.spec == plain[0]]
+    found += [replace(problem, spec=projected, ragged=True) for problem in found if problem.spec == plain[0]]
+    for i, spec in enumerate(OPTIONS):
+        engine = ENGINES[i % len(ENGINES)]
+        small = Problem(spec, engine, "fp32", 2, 3, 10, 6, tile.get(engine), seeded=any(spec.zoneout))
+        found.append(replace(small, masks=("", *MASKED)[i % 3]))
+    return found
 
 
 def first() -> list[Problem]:
-    """Every variant, dtype and engine once, at a small size: those with biases forward from given states, those without
-    reversed from none. Then the same with skipped steps.
+    """Every variant by every engine, at a small size: those that torch.nn has too in every dtype, with biases forward
+    from given states, without reversed from none, then the same with skipped steps. Then the options.
     """
-    whole = _every(variants(), DTYPES_IN_ORDER, SMALL, swap=False)
-    return whole + [replace(problem, ragged=True) for problem in whole]
+    whole = _every([spec for spec in variants() if spec not in OPTIONS], DTYPES_IN_ORDER, SMALL, swap=False)
+    return [*whole, *(replace(problem, ragged=True) for problem in whole), *options()]
+
+
+def options() -> list[Problem]:
+    """Each option by every engine: alone in one dtype; in another reversed, with skipped steps and dropout masks, and
+    zoneout in expectation. And the masks with the cells whose products differ.
+    """
+    alone = [replace(problem, seeded=any(problem.spec.zoneout)) for problem in _every(OPTIONS, ("bf16",), SMALL)]
+    others = [
+        replace(problem, masks=MASKED[OPTIONS.index(problem.spec) % 2], ragged=True)
+        for problem in _every(OPTIONS, ("tf32",), SMALL, swap=True)
+    ]
+    dropped = _every([spec for spec in variants() if spec in PRODUCTS], ("bf16",), SMALL)
+    return [*alone, *others, *(replace(problem, masks=masks) for masks in MASKED for problem in dropped)]
 
 
 def on_gpu() -> list[Problem]:
     """`first`, then modules, other sizes, other forms, and at last everything in every dtype."""
     biased = [spec for spec in variants() if spec.bias]
+    plain = [spec for spec in biased if spec not in OPTIONS]
     modules = [
         Problem(spec, "auto", dtype, 9, 5, 40, 24, module=True)
         for dtype, spec in itertools.product(("fp32", "fp16"), biased)
-        # Above the first layer nothing keeps 16 bits from the kink of relu.
-        if dtype == "fp32" or spec.activation == "tanh"
+        # Above the first layer nothing keeps 16 bits from the kinks of gradients.
+        if dtype == "fp32" or not has_kinks(spec)
     ]
     waves = [
-        Problem(spec, engine, "bf16", *WAVES, tile=WAVES_TILE) for spec in biased for engine in ("resident", "streamed")
+        Problem(spec, engine, "bf16", *WAVES, tile=WAVES_TILE) for spec in plain for engine in ("resident", "streamed")
     ]
     tiled = _every(biased, ("bf16", "tf32"), TILED, tile=TILE)
-    edges = _every(biased, ("bf16", "fp32"), ONE) + _every(biased, ("fp32", "fp64"), SINGLE)
-    sizes = [problem for shape in SIZES for problem in _every(biased, ("bf16",), shape)]
-    rest = [problem for shape in SIZES for problem in _every(biased, DTYPES_IN_ORDER, shape)]
-    swapped = _every(variants(), DTYPES_IN_ORDER, SMALL, swap=True)
+    edges = _every(plain, ("bf16", "fp32"), ONE) + _every(plain, ("fp32", "fp64"), SINGLE)
+    sizes = [problem for shape in SIZES for problem in _every(plain, ("bf16",), shape)]
+    rest = [problem for shape in SIZES for problem in _every(plain, DTYPES_IN_ORDER, shape)]
+    optional = _every(OPTIONS, ("bf16",), OPTIONAL) + _every(OPTIONS, ("fp64",), ONE)
+    optional += [replace(problem, seeded=True) for problem in tiled if any(problem.spec.zoneout)]
+    optional += [replace(problem, masks="per gate") for problem in tiled if problem.spec in PRODUCTS]
+    swapped = _every([spec for spec in variants() if spec not in OPTIONS], DTYPES_IN_ORDER, SMALL, swap=True)
     ragged = [replace(problem, ragged=True) for problem in (*modules, *tiled, *sizes)]
     recomputed = [replace(problem, recompute=True) for problem in (*modules, *ragged, *first())]
-    found = [*first(), *modules, *waves, *tiled, *edges, *ragged, *recomputed, *sizes, *swapped, *rest]
+    found = [*first(), *modules, *waves, *tiled, *optional, *edges, *ragged, *recomputed, *sizes, *swapped, *rest]
     return [problem for problem in dict.fromkeys(found) if problem.spec.proj < problem.hidden]
 
 
@@ -109,7 +144,7 @@ def _every(
 
 def sanitized() -> list[Problem]:
     """Those of `first` in one dtype, for a memory checker: all is slow under it, and these are compiled by then."""
-    return [problem for problem in first() if problem.dtype == "bf16" and problem.spec.bias]
+    return [problem for problem in first() if problem.dtype == "bf16" and problem.spec.bias and not problem.masks]
 
 
 LISTS = {"all": on_gpu, "sanitized": sanitized, "interpreted": interpreted}
@@ -120,21 +155,21 @@ def kernels(problem: Problem, device: str) -> list[Kernel]:
     import torch
 
     import lstm_triton as lt
+    from lstm_triton import launch
 
-    shapes = {"x": (problem.seq, problem.batch, problem.width)}
-    shapes |= problem.spec.state_shapes(problem.batch, problem.hidden)
-    shapes |= problem.spec.parameters(problem.width, problem.hidden)
+    shapes = problem.shapes
     tensors = {name: torch.empty(size, dtype=DTYPES[problem.dtype], device=device) for name, size in shapes.items()}
+    asked = {**problem.spec.options, "engine": problem.engine, "tile": problem.tile}
     with precision(problem.dtype):
-        plan = lt.plan(problem.spec.cell, **tensors, **problem.spec.options, engine=problem.engine, tile=problem.tile)
+        plan = lt.plan(problem.spec.cell, **paired(tensors), **asked)
     kinds = (("forward", True), ("forward", False), ("backward", True))
     directions = (False, True) if problem.module else (problem.reverse,)
-    parts = (0, 1) if problem.spec.proj else (0,)
-    flags = problem.ragged, problem.cells
+    flags = problem.ragged, problem.cells, problem.seeded
+    options = launch.options(plan.spec, plan.masks, problem.seeded)
     return [
         Kernel(plan, name, training, reverse, *flags, part)
-        for reverse, (name, training), part in itertools.product(directions, kinds, parts)
-        if part == 0 or getattr(plan, name).engine == "step"
+        for reverse, (name, training) in itertools.product(directions, kinds)
+        for part in range(len(launch.parts(getattr(plan, name), options)))
     ]
 
 

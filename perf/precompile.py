@@ -32,6 +32,7 @@ class Kernel(NamedTuple):
     reverse: bool = False
     masked: bool = False
     cells: bool = False
+    random: bool = False
     part: int = 0
 
 
@@ -52,7 +53,7 @@ def identity(plan: LaunchPlan, kernel: KernelPlan) -> object:
     """Equal for what compiles to the same: batch, length and grid are arguments at run time, not other kernels."""
     free = {"n_b": 0, "groups_at_once": 0, "shared_bytes": 0, "step_us": 0.0, "parts": (), "measured_us": None}
     device = plan.device.capability, plan.device.shared_per_program
-    return device, plan.spec, plan.H, plan.dtype, plan.precision, replace(kernel, **free)
+    return device, plan.spec, plan.masks, plan.H, plan.dtype, plan.precision, replace(kernel, **free)
 
 
 def ahead(

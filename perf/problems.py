@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,17 @@ from torch import Tensor, nn
 import lstm_triton as lt
 from lstm_triton.spec import CellSpec
 
+from . import kinks
 from .cases import DTYPES, precision
 from .numerics import Check, compare, nan_in_new_memory, timeouts_at_once
 
 #: Layers of a module's problem; in both directions.
 LAYERS = 2
+#: What of a mask is zero. The rest, 1 / (1 - DROPPED), is exact in every dtype.
+DROPPED = 0.2
+MASKS = ("input_mask", "recurrent_mask")
+#: Of zoneout: both halves of 64 bits count.
+SEED = 0x1234_5678_9ABC_DEF0
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,15 @@ class Problem:
     module: bool = False
     ragged: bool = False  # steps are skipped and states zeroed at random; the LSTM gives all its cell states as well
     recompute: bool = False  # memory="recompute"
+    masks: str = ""  # x[t] and h[t-1] are multiplied by dropout masks: one "shared" by all gates, or one "per gate"
+    seeded: bool = False  # zoneout draws; else it takes the expectation
 
     @property
     def key(self) -> dict[str, str]:
         """As a table shows it: equal for no other problem."""
         form = ["module"] * self.module + ["reverse"] * self.reverse + ["no states"] * (not self.states)
         form += ["ragged"] * self.ragged + ["recompute"] * self.recompute
+        form += [f"masks {self.masks}"] * bool(self.masks) + ["seeded"] * self.seeded
         return {
             "engine": self.engine,
             "cell": str(self.spec),
@@ -60,12 +70,13 @@ class Problem:
         }
 
     def layer(self, engine: str) -> nn.Module:
-        """The module, its parameters without storage."""
+        """The module, its parameters without storage; in evaluation, since what training draws is another each time."""
         kind = {"lstm": lt.LSTM, "gru": lt.GRU, "rnn": lt.RNN}[self.spec.cell]
         options = {"num_layers": LAYERS, "bidirectional": True, "bias": self.spec.bias, **self.spec.options}
         options |= {"proj_size": self.spec.proj} if self.spec.proj else {}
+        options |= {name: True for name in ("peephole", "layer_norm") if getattr(self.spec, name)}
         options |= {"memory": self.memory, "device": "meta", "dtype": DTYPES[self.dtype], "engine": engine}
-        return kind(self.width, self.hidden, **options)
+        return kind(self.width, self.hidden, **options).eval()
 
     @property
     def memory(self) -> str:
@@ -76,6 +87,22 @@ class Problem:
         """All cell states are asked for."""
         return self.ragged and len(self.spec.states) > 1
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all floating-point arguments of the function, by name; of a pair both, as `norm_ih.weight`."""
+        spec, gates = self.spec, (self.spec.gates,) * (self.masks == "per gate")
+        rows = spec.gates * self.hidden
+        norms = {"norm_ih": rows, "norm_hh": rows, "norm_c": self.hidden} if spec.layer_norm else {}
+        if spec.cell != "lstm":
+            norms.pop("norm_c", None)
+        found: dict[str, tuple[int, ...]] = {"x": (self.seq, self.batch, self.width)}
+        found |= {**spec.state_shapes(self.batch, self.hidden), **spec.parameters(self.width, self.hidden)}
+        found |= {f"{norm}.{part}": (size,) for norm, size in norms.items() for part in ("weight", "bias")}
+        if self.masks:
+            found["input_mask"] = (*gates, self.batch, self.width)
+            found["recurrent_mask"] = (*gates, self.batch, spec.output(self.hidden))
+        return found
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -83,54 +110,53 @@ class Tensors:
 
     arguments: dict[str, Tensor | None]
     outer: list[Tensor]
-    steps: dict[str, Tensor]  # mask and reset, where there are any
+    others: dict[str, Tensor]  # mask, reset and seed, where there are any
 
 
 def draw(problem: Problem, seed: int = 0) -> Tensors:
-    """Random arguments on the CPU: inputs and states normal, weights as in a freshly made layer, then rounded."""
+    """Random arguments on the CPU: inputs and states normal, weights as in a freshly made layer, then rounded.
+
+    Masks are of dropout. What two normalised products are multiplied by is spread around a half, which makes their sum,
+    the gates, as large as in a freshly made layer; what the cell state is, around one.
+    """
     p, generator = problem, torch.Generator().manual_seed(seed)
-    scale = p.hidden**-0.5
+    scale, dtype = p.hidden**-0.5, DTYPES[p.dtype]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(DTYPES[p.dtype])
+        return torch.randn(shape, generator=generator).to(dtype)
 
-    def uniform(*shape: int) -> Tensor:
-        return ((torch.rand(shape, generator=generator) * 2 - 1) * scale).to(DTYPES[p.dtype])
+    def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+        drawn = (torch.rand(shape, generator=generator) * 2 - 1) * scale
+        if name.startswith("norm") and name.endswith("weight"):
+            drawn += 1.0 if name.startswith("norm_c") else 0.5
+        return drawn.to(dtype)
 
+    shapes = p.shapes
     states = p.spec.state_shapes(p.batch, p.hidden)
     directions = 2 if p.module else 1
     output = (p.seq, p.batch, directions * p.spec.output(p.hidden))
-    parameters = p.spec.parameters(p.width, p.hidden)
+    parameters = {name: shape for name, shape in shapes.items() if name not in ("x", *states, *MASKS)}
     if p.module:
         states = {name: (2 * LAYERS, *shape) for name, shape in states.items()}
         parameters = {name: tuple(weight.shape) for name, weight in p.layer("auto").named_parameters()}
-    arguments: dict[str, Tensor | None] = {"x": normal(p.seq, p.batch, p.width)}
+    arguments: dict[str, Tensor | None] = {"x": normal(*shapes["x"])}
     arguments |= {name: normal(*shape) if p.states else None for name, shape in states.items()}
-    arguments |= {name: uniform(*shape) for name, shape in parameters.items()}
-    if p.spec.activation == "relu":
-        _keep_from_the_kink(arguments)
+    arguments |= {name: weight(name, shape) for name, shape in parameters.items()}
+    for name in MASKS:
+        if name in shapes:
+            kept = torch.rand(shapes[name], generator=generator) >= DROPPED
+            arguments[name] = (kept / (1 - DROPPED)).to(dtype)
+    kinks.avoid(p.spec, arguments, generator)
     outer = [normal(*output), *(normal(*shape) for shape in states.values())]
     if p.cells:
         outer.append(normal(p.seq, p.batch, directions * p.hidden))
-    steps = {}
+    others = {}
     if p.ragged:
         for name, share in (("mask", 0.8), ("reset", 0.2)):
-            steps[name] = torch.rand(p.seq, p.batch, generator=generator) < share
-    return Tensors(arguments, outer, steps)
-
-
-def _keep_from_the_kink(arguments: dict[str, Tensor | None]) -> None:
-    """One input drives every unit far to the one side or the other of zero, where the last bit decides relu's gradient.
-
-    Else 16 bits would decide some otherwise than float64 does, and be no less right.
-    """
-    for name, tensor in arguments.items():
-        if name == "x":
-            tensor[..., 0] = torch.where(tensor[..., 0] < 0, -4, 4)
-        elif "w_ih" in name or "weight_ih" in name:
-            tensor[:, 0] = torch.where(tensor[:, 0] < 0, -1, 1)
-        elif "w_hh" in name or "weight_hh" in name:
-            tensor /= 4
+            others[name] = torch.rand(p.seq, p.batch, generator=generator) < share
+    if p.seeded:
+        others["seed"] = torch.tensor([SEED])
+    return Tensors(arguments, outer, others)
 
 
 def call(
@@ -142,8 +168,8 @@ def call(
         for name, value in tensors.arguments.items()
     }
     with precision(problem.dtype), torch.set_grad_enabled(training):
-        steps = {name: value.to(device) for name, value in tensors.steps.items()}
-        results = _results(problem, leaves, steps, engine)
+        others = {name: value.to(device) for name, value in tensors.others.items()}
+        results = _results(problem, leaves, others, engine)
         found = dict(zip(("y", "h_n", "c_n", "cells"), results, strict=False))
         if training:
             present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
@@ -154,19 +180,29 @@ def call(
 
 
 def _results(
-    problem: Problem, leaves: dict[str, Tensor | None], steps: dict[str, Tensor], engine: str
+    problem: Problem, leaves: dict[str, Tensor | None], others: dict[str, Tensor], engine: str
 ) -> tuple[Tensor, ...]:
-    options: dict[str, object] = {**steps, **({"return_cells": True} if problem.cells else {})}
+    options: dict[str, object] = {**others, **({"return_cells": True} if problem.cells else {})}
     if not problem.module:
         module = lt.reference if engine == "reference" else lt.functional
         function = getattr(module, problem.spec.cell)
         options |= {"reverse": problem.reverse, "engine": engine, "tile": problem.tile, "memory": problem.memory}
-        return function(**leaves, **problem.spec.options, **options)
+        return function(**paired(leaves), **problem.spec.options, **options)
     states = [leaves[name] for name in problem.spec.states]
     hx = None if states[0] is None else tuple(states) if len(states) > 1 else states[0]
     weights = {name: leaf for name, leaf in leaves.items() if name not in ("x", *problem.spec.states)}
     y, final, *cells = torch.func.functional_call(problem.layer(engine), weights, (leaves["x"], hx), options)
     return (y, *final, *cells) if len(states) > 1 else (y, final)
+
+
+def paired(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+    """As the functions take them: weight and bias of a normalisation as one argument."""
+    found: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for name, tensor in tensors.items():
+        norm, dot, _ = name.partition(".")
+        if dot:
+            found[norm] = (*found.get(norm, ()), tensor)
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -202,7 +238,7 @@ def _check_engine(problem: Problem, device: str, repeat: bool) -> Check:
     }
     if problem.batch > 1:
         others["beside sequences of NaN"] = lambda: _changed_by_neighbours(problem, tensors, got, run)
-        if problem.tile and not problem.module:
+        if problem.tile and not (problem.module or problem.seeded):  # which of a row zoneout keeps, goes by its number
             others["alone in its batch"] = lambda: _changed_by_being_alone(problem, device)
     for when, changed in others.items():
         names = changed()
@@ -217,7 +253,7 @@ def _changed(got: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 def _rows(problem: Problem, results: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
     """What belongs to some sequences alone: the batch is the last dimension but one."""
-    own = ("y", "h_n", "c_n", "cells", "dx", *(f"d{name}" for name in problem.spec.states))
+    own = ("y", "h_n", "c_n", "cells", *(f"d{name}" for name in ("x", *problem.spec.states, *MASKS)))
     return {name: results[name][..., rows, :] for name in own if name in results}
 
 
@@ -250,11 +286,12 @@ def _changed_by_being_alone(problem: Problem, device: str) -> list[str]:
         arguments["b_ih"] = torch.zeros_like(arguments["b_ih"])
     last = slice(problem.batch - 1, None)
     alone = arguments | {
-        name: None if arguments[name] is None else arguments[name][..., last, :] for name in ("x", *problem.spec.states)
+        name: None if arguments[name] is None else arguments[name][..., last, :]
+        for name in ("x", *problem.spec.states, *(MASKS if problem.masks else ()))
     }
     both = (
-        Tensors(arguments, [], drawn.steps),
-        Tensors(alone, [], {name: value[:, last] for name, value in drawn.steps.items()}),
+        Tensors(arguments, [], drawn.others),
+        Tensors(alone, [], {name: value[:, last] for name, value in drawn.others.items()}),
     )
     whole, single = (call(problem, given, device, problem.engine, dtype, training=False) for given in both)
     return _changed(_rows(problem, whole, last), single)

@@ -1,18 +1,21 @@
 """The order of publish and wait in compiled PTX, on every path that control can take.
 
-Programs that wait for one another are correct only if the compiler left this order alone, at every time step:
+Programs that wait for one another are correct only if the compiler left this order alone, in every part of every step:
 
-    publish   last store of the tile -> bar.sync -> release (the release is one thread's, the stores are every warp's)
-    wait      acquire -> bar.sync -> first load of the group's tiles; no such load above the wait
+    publish   last store of what others read -> bar.sync -> release (which is one thread's; the stores are every warp's)
+    wait      acquire -> bar.sync -> first load of it; no such load above the wait
+    count     publish and wait take turns: who waits for a count knows how often the others have published
 
-Blocks of PTX lie in any order, so text order proves nothing. Here abstract states (was a store left unordered? how far
-is the wait?) run along the control flow graph until nothing new turns up; each release and load is judged in them all.
+A step may have several parts, each with tensors of its own that are stored, published, waited for and loaded. So each
+published tensor has a phase of its own: how far it is on the way from its store to its load. Blocks of PTX lie in any
+order, so text order proves nothing: abstract states, the phases of all, run along the control flow graph until nothing
+new turns up, and each release and load is judged in all of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .flow import Instruction, loops, nested
@@ -36,51 +39,89 @@ class Kernel:
     parameters: set[int] = field(default_factory=set)  # which are pointers
 
 
+#: Phases of a published tensor on its way from a program's store to the others' load. READY is also where it begins:
+#: before the first store nothing is owed.
+STORED, BARRED, RELEASED, ACQUIRED, READY = range(5)
+
+
 @dataclass(frozen=True)
 class State:
     """What is known at one point of one path."""
 
-    unordered: bool = False  # a published store came, and no barrier since
-    stored: bool = False  # a published store came since the last release
-    wait: str = "done"  # "none" since the last release, "acquired", or "done"; before the first release nothing is owed
+    phases: tuple[int, ...]  # of each published tensor
+    waited: bool = True  # since the last release
 
 
-def ptx_order(ptx: str, published: Collection[int] | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Role:
+    """What one instruction does, "" if nothing of the order above, and to which of the published tensors."""
+
+    name: str = ""
+    tensors: frozenset[int] = frozenset()  # their places among the published
+
+
+def ptx_order(
+    ptx: str,
+    published: Collection[int] | None = None,
+    own: Collection[int] | None = None,
+    names: Mapping[int, str] | None = None,
+) -> list[str]:
     """Violations of the order above in a kernel whose programs wait for one another; empty if there are none.
 
     ptx: the text of one kernel.
-    published: indices, among the PTX parameters, of the pointers to what programs publish to one another (h in the
-        forward kernel, gate gradients in the backward). By default those that the kernel both stores to and loads from.
+    published: indices, among the PTX parameters, of the pointers to what programs publish to one another. By default
+        all that the kernel both stores to and loads from.
+    own: if given, those that it stores to and loads from, each program its own part alone. Any other such pointer is a
+        violation: it might be read by others, and nobody looked.
+    names: of the parameters, for the violations.
 
-    A kernel where an expected part is missing (no acquire, no release, no load of published data) is a violation too.
+    A kernel where an expected part is missing (no acquire, no release, of some tensor no store or no load) is a
+    violation too.
     """
     kernel = parse(ptx)
-    if published is None:
-        published = _stored_and_loaded(kernel)
-    shared = frozenset(published)
-    roles = [_role(one, pointers & shared) for one, pointers in zip(kernel.instructions, kernel.pointers, strict=True)]
-    missing = [f"no {role} found" for role in ("acquire", "release", "store", "load") if role not in roles]
-    if missing:
-        return missing
-    loop = next((loop for loop in loops(kernel.successors) if {"store", "release"} <= {roles[i] for i in loop}), None)
+    both = _stored_and_loaded(kernel)
+    shared = sorted(both - set(own or ()) if published is None else published)
+    called = [(names or {}).get(index, f"parameter {index}") for index in shared]
+    roles = [_role(one, pointers, shared) for one, pointers in zip(kernel.instructions, kernel.pointers, strict=True)]
+    missing = [f"no {name} found" for name in ("acquire", "release") if name not in {role.name for role in roles}]
+    for i, name in enumerate(called):
+        there = {role.name for role in roles if i in role.tensors}
+        missing += [f"no {access} of {name} found" for access in ("store", "load") if access not in there]
+    for index in sorted(both - set(shared) - set(both if own is None else own)):
+        name = (names or {}).get(index, f"parameter {index}")
+        missing.append(f"{name} is stored and loaded, and said to be neither published nor each program's own")
+    if missing or not shared:
+        return missing or ["nothing is published"]
+    publishing = {"store", "release"}
+    loop = next((loop for loop in loops(kernel.successors) if publishing <= {roles[i].name for i in loop}), None)
     if loop is None:
         return ["no time loop that stores and releases"]
 
     problems: set[tuple[int, str]] = set()
-    for i, states in enumerate(_states(kernel, roles)):
-        line = kernel.instructions[i].line
+    for i, states in enumerate(_states(kernel, roles, len(shared))):
         for state in states:
-            if roles[i] == "release" and state.unordered:
-                problems.add((line, "release without a barrier after the last store"))
-            if roles[i] == "release" and i in loop and not state.stored:
-                problems.add((line, "release before this step's store"))
-            if roles[i] == "load" and state.wait == "none":
-                problems.add((line, "load of published data above the wait"))
-            if roles[i] == "load" and state.wait == "acquired":
-                problems.add((line, "load of published data without a barrier after the acquire"))
-        if roles[i] == "load" and i not in loop and _origins(kernel, i) & shared:
-            problems.add((line, "load of published data outside the time loop"))
+            problems |= {(kernel.instructions[i].line, text) for text in _judge(state, roles[i], i in loop, called)}
+        if roles[i].name == "load" and i not in loop and _origins(kernel, i) & set(shared):
+            problems.add((kernel.instructions[i].line, "load of published data outside the time loop"))
     return [f"PTX line {line}: {text}" for line, text in sorted(problems)]
+
+
+def _judge(state: State, role: Role, in_loop: bool, called: Sequence[str]) -> Iterator[str]:
+    """What is wrong with an instruction that is met in a state."""
+    if role.name == "release":
+        for phase, name in zip(state.phases, called, strict=True):
+            if phase == STORED:
+                yield f"release without a barrier after the last store of {name}"
+        if in_loop and not {STORED, BARRED} & set(state.phases):
+            yield "release before this part's store"
+        if in_loop and not state.waited:
+            yield "release without a wait since the last one"
+    if role.name == "load":
+        for i in sorted(role.tensors):
+            if state.phases[i] < ACQUIRED:
+                yield f"load of {called[i]}, which is published, above the wait"
+            elif state.phases[i] == ACQUIRED:
+                yield f"load of {called[i]}, which is published, without a barrier after the acquire"
 
 
 def products_per_tile(ptx: str) -> int:
@@ -198,15 +239,16 @@ def _is_access(opcode: str) -> str:
     return "load" if opcode.startswith(("ld", "cp.async")) else "store" if opcode.startswith("st") else ""
 
 
-def _role(instruction: Instruction, published: frozenset[int]) -> str:
+def _role(instruction: Instruction, pointers: frozenset[int], shared: Sequence[int]) -> Role:
     opcode = instruction.opcode
     if _is_global(opcode) and (".release" in opcode or ".acq_rel" in opcode):
-        return "release"
+        return Role("release")
     if _is_global(opcode) and ".acquire" in opcode:
-        return "acquire"
+        return Role("acquire")
     if opcode.startswith(("bar.sync", "barrier.sync")):
-        return "barrier"
-    return _is_access(opcode) if published else ""
+        return Role("barrier")
+    tensors = frozenset(i for i, index in enumerate(shared) if index in pointers)
+    return Role(_is_access(opcode), tensors) if tensors else Role()
 
 
 def _stored_and_loaded(kernel: Kernel) -> frozenset[int]:
@@ -217,10 +259,10 @@ def _stored_and_loaded(kernel: Kernel) -> frozenset[int]:
     return frozenset(by_kind["load"] & by_kind["store"])
 
 
-def _states(kernel: Kernel, roles: list[str]) -> list[set[State]]:
+def _states(kernel: Kernel, roles: list[Role], tensors: int) -> list[set[State]]:
     """The states in which each instruction may be met."""
     met: list[set[State]] = [set() for _ in kernel.instructions]
-    todo = [(0, State())]
+    todo = [(0, State((READY,) * tensors))]
     while todo:
         i, state = todo.pop()
         if state in met[i]:
@@ -231,13 +273,17 @@ def _states(kernel: Kernel, roles: list[str]) -> list[set[State]]:
     return met
 
 
-def _step(state: State, role: str) -> State:
-    if role == "store":
-        return State(True, True, state.wait)
-    if role == "barrier":
-        return State(False, state.stored, "done" if state.wait == "acquired" else state.wait)
-    if role == "acquire":
-        return State(state.unordered, state.stored, "acquired")
-    if role == "release":
-        return State(False, False, "none")
-    return state
+#: What an instruction makes of the phases of all tensors.
+_ONWARD = {
+    "barrier": {STORED: BARRED, ACQUIRED: READY},
+    "release": {BARRED: RELEASED},
+    "acquire": {RELEASED: ACQUIRED},
+}
+
+
+def _step(state: State, role: Role) -> State:
+    if role.name == "store":
+        return State(tuple(STORED if i in role.tensors else p for i, p in enumerate(state.phases)), state.waited)
+    onward = _ONWARD.get(role.name, {})
+    phases = tuple(onward.get(phase, phase) for phase in state.phases)
+    return State(phases, {"acquire": True, "release": False}.get(role.name, state.waited))

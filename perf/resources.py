@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 
 #: "forward" is the one of training, "inference" the same without what backward needs.
 DIRECTIONS = ("forward", "backward", "inference")
-#: What each kernel's programs publish to one another.
-PUBLISHED = {name: ("h_ptr", "r_ptr") for name in ("forward", "inference")}
-PUBLISHED["backward"] = ("slots_ptr", "dh_all_ptr")
+#: What each kernel's programs publish to one another, as far as it is there; instead of h, h times dropout's masks.
+PUBLISHED = {name: ("h_ptr", "r_ptr", "drop_ptr", "sums_ptr") for name in ("forward", "inference")}
+PUBLISHED["backward"] = ("slots_ptr", "dh_all_ptr", "sums_ptr")
+#: What each program stores to and loads from for itself alone.
+OWN = {name: ("gates_ptr", "state_ptr") for name in ("forward", "inference")}
+OWN["backward"] = ("dh_ptr", "dstate_ptr", "dparams_ptr")
 #: Nominal; the kernels are the same for every length.
 SEQ = 512
 
@@ -145,7 +148,7 @@ def inspect(compiled: Any, plan: LaunchPlan, direction: str) -> Row:
     if shared > plan.device.shared_per_program:
         problems.append(f"needs {shared} bytes of shared memory, the target has {plan.device.shared_per_program}")
     if kernel.synchronised:
-        problems += ptx_order(compiled.asm["ptx"], published(compiled, direction))
+        problems += ptx_order(compiled.asm["ptx"], *pointers(compiled, direction))
     return replace(
         planned(plan, direction),
         registers=code.registers,
@@ -159,10 +162,23 @@ def inspect(compiled: Any, plan: LaunchPlan, direction: str) -> Row:
     )
 
 
+def pointers(compiled: Any, direction: str) -> tuple[set[int], set[int], dict[int, str]]:
+    """Of the PTX parameters: those to what programs publish, those to what is each program's own, the names of all."""
+    names = _parameters(compiled)
+    own = {i for i, name in enumerate(names) if name in OWN[direction]}
+    return published(compiled, direction), own, dict(enumerate(names))
+
+
 def published(compiled: Any, direction: str) -> set[int]:
-    """Which PTX parameters point to what programs publish: arguments that are constexpr, or None, are no parameters."""
-    names = [key for key, kind in compiled.src.signature.items() if kind != "constexpr"]
-    return {names.index(name) for name in PUBLISHED[direction] if name in names}
+    """Which PTX parameters point to what programs publish."""
+    names = _parameters(compiled)
+    unread = ("h_ptr",) if "drop_ptr" in names else ()
+    return {i for i, name in enumerate(names) if name in PUBLISHED[direction] and name not in unread}
+
+
+def _parameters(compiled: Any) -> list[str]:
+    """Arguments that are constexpr, or None, are no parameters."""
+    return [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,12 +193,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="auto", help=f"{lists}: auto, {', '.join(ENGINES)}; default auto")
     parser.add_argument("--direction", default="forward,backward", help=f"{lists}: {', '.join(DIRECTIONS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default: all cores)")
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="not this grid, but each option of each cell beside the plain cell: variants.csv; of the other arguments "
+        "only --jobs and --out count",
+    )
     parser.add_argument("--baseline", type=Path, help="resources.csv to compare with; status 1 where a row got worse")
     parser.add_argument("--out", type=Path, default=Path("results/resources"), help="folder for CSV and Markdown")
 
 
 def main(options: argparse.Namespace) -> int:
     """Compile, print the table, write it; 1 if any kernel has a problem, cannot be compiled or got worse."""
+    if options.variants:
+        from . import variants
+
+        return variants.main(options)
     before = _baseline(options)
     wanted, refused = plans(options)
     for line in refused:

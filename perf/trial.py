@@ -177,5 +177,5 @@ class Data:
         states = (self.y, self.h0) if self.c0 is None else (self.extra, self.c0)
         saved = self.gates if saves_gates else None, *states, self.extra if saves_extra else None
         return launch.backward(
-            plan, self.dy, self.zeros.clone(), self.zeros.clone(), *saved, self.w_hh, reverse=False
+            plan, self.dy, self.zeros.clone(), self.zeros.clone(), None, *saved, self.w_hh, reverse=False
         )  # fmt: skip
