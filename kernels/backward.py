@@ -118,14 +118,12 @@ def through_cell(
     dnew = dstate
     if OPT.has_c:
         dnew, dheld = zone_gradient(dstate, bits, OPT.zone_state, OPT.random)
-    if OPT.has_c and OPT.norm:
-        dnew = dmade
-    else:
-        dnew += dmade
+    if OPT.has_c:
+        dnew = dmade if OPT.norm else dnew + dmade
     slots, dh_direct, dstate_prev, found = CELL(
         dout, dnew, kept, made, state_prev, extra, part_of(params, TILE, OPT.params), OPT
     )
-    if OPT.has_c:
+    if OPT.has_c and OPT.zone_state[0] != 0.0:
         dstate_prev += dheld
     if MASKED:
         dstate_prev = tl.where(counts, dstate_prev, dstate)
@@ -333,7 +331,7 @@ def sequence_backward(
             ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
             target += N_H
             poison = tl.where(ok, 0.0, float("nan"))
-        has_next = mask_b & (offs_b * 0 + step + chained > 0)
+        has_next = mask_b & ((step > 0) | (chained != 0))
         if MASKED:
             has_next = has_next & keep_rows
         if OPT.projected:
@@ -357,7 +355,7 @@ def sequence_backward(
                     kept = part_of(gates, tile, G)
                     kept = (kept[0].to(ACC), kept[1].to(ACC), kept[2].to(ACC))
                     dz, dn, direct = gru_update_backward(dnew, kept, state_prev, OPT)
-                    dheld += direct
+                    dheld = direct if OPT.zone_h[0] == 0.0 else dheld + direct
                     if MASKED:
                         dz = tl.where(counts, dz, tl.zeros_like(dz))
                         dn = tl.where(counts, dn, tl.zeros_like(dn))
@@ -467,7 +465,8 @@ def sequence_backward(
                         OPT, HAS_DCELLS, MASKED, ACC,
                     )  # fmt: skip
                     if not OPT.projected:
-                        dh_direct += dheld
+                        if OPT.zone_h[0] != 0.0:
+                            dh_direct += dheld
                         if MASKED:
                             dh_direct = tl.where(counts, dh_direct, dh_t)
                         dh_next = dh_next + (dh_direct,)

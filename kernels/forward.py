@@ -186,6 +186,8 @@ def sequence_forward(
     bias = ()
     resident = ()
     state = ()
+    if CELLS or OPT.reset_before or (NORM_C and OUTPUTS):
+        state = load_tiles(state_ptr + first_b * H, hidden, masks)
     if PRODUCT or CELLS:
         for tile in tl.static_range(TILES):
             if INTERLEAVED:
@@ -213,8 +215,6 @@ def sequence_forward(
                     masks_n = masks_n + ((offs_n % LANES < GATES) & (unit < H),)
         if PRODUCT and RESIDENT:
             resident = load_resident(column_ptrs, masks_n, 1, P, P, BLOCK_K, SPLIT_K)
-    if CELLS or OPT.reset_before or (NORM_C and OUTPUTS):
-        state = load_tiles(state_ptr + first_b * H, hidden, masks)
     second_ptrs = ()
     second_masks = ()
     second_bias = ()
