@@ -76,9 +76,12 @@ def test_recurrent_dropout(spec: CellSpec, masks: str, engine: str) -> None:
 @pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("spec", [*OPTIONS, *TOGETHER], ids=str)
 def test_single_precision(spec: CellSpec, memory: str) -> None:
-    """The tolerance of the plain cells, also where backward makes the gates again."""
-    masks = spec.gates if memory == "recompute" else 0
-    check(CellProblem(spec, 4, 3, 8, 17, masks, seed=3, skips=memory == "recompute"), "step", memory=memory)
+    """The tolerance of the plain cells, also where backward makes the gates again; or what eager fp32 is off itself."""
+    recompute = memory == "recompute"
+    problem = CellProblem(spec, 4, 3, 8, 17, spec.gates if recompute else 0, seed=3, skips=recompute)
+    ours, eager = problem.errors(engine="step", memory=memory), problem.errors(engine="reference")
+    for name, error in ours.items():
+        assert error <= max(TOLERANCE[torch.float32], 2 * eager[name]), (name, error, eager[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
