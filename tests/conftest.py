@@ -35,6 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.disable_global_flags = lambda: None
     # one thread for each xdist worker: tiny tensors, and as many workers as cores
     torch.set_num_threads(1)
+    if _interpreting():
+        from interpreting import take_shortcuts
+
+        take_shortcuts()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

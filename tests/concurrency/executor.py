@@ -121,7 +121,7 @@ class Launch:
         if len(self.programs) == np.prod(BUILDER.grid_dim):
             names = [program[: self.dims] for program in self.programs]
             self.check = RaceCheck(self.__name__, names, self.tensors, self.settings.intra)
-            with self._hooked(), self._patched_once():
+            with self._hooked():
                 self.scheduler.run([lambda p=p: self._program(p, arguments) for p in range(len(self.programs))])
 
     def _program(self, program: int, arguments: dict[str, Any]) -> None:
@@ -158,25 +158,6 @@ class Launch:
         finally:
             for name in hooks:
                 delattr(BUILDER, name)
-
-    @contextmanager
-    def _patched_once(self) -> Iterator[None]:
-        """Every call of a device function patches the language again; once a launch is enough, and can be undone."""
-        patch, scopes = interpreter._patch_lang, {}
-
-        def patch_once(fn: Callable[..., None]) -> Any:
-            key = id(fn.__globals__)
-            if key not in scopes:
-                scopes[key] = patch(fn)
-            return scopes[key]
-
-        interpreter._patch_lang = patch_once
-        try:
-            yield
-        finally:
-            interpreter._patch_lang = patch
-            for scope in reversed(scopes.values()):
-                scope.restore()
 
     # The hooks. Each lets others go first, shows its access to the check, does it, and tells whether it only read.
 
