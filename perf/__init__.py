@@ -1,7 +1,7 @@
 """The harness: `python -m lstm_triton.perf <command>`; docs/measuring.md says what its numbers mean.
 
 sweep       sweep, cases, presets; providers, peers, cudnn; judge, numerics; timing, memory, floor
-gpu-check   gpu_check, parts, processes, closing; engines, problems, kinks: the kernels' numerics, variant by variant
+gpu-check   gpu_check, parts, processes, closing; engines, problems, kinks, interpreting: numerics of every variant
 probe       probe, probe_constants, probe_launches, probe_kernels
 tune        tune, trial
 resources   resources, variants, baseline; budget, sass, ptx, flow: one step in machine code

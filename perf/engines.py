@@ -21,6 +21,7 @@ from lstm_triton.spec import GATES, OPTIONS, CellSpec, variants
 
 from . import environment, table
 from .cases import DTYPES, precision
+from .interpreting import take_shortcuts
 from .kinks import has_kinks
 from .numerics import alive
 from .precompile import Kernel, ahead
@@ -278,6 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser().error("--device cpu needs TRITON_INTERPRET=1 in the environment")
+    if options.device == "cpu":
+        take_shortcuts()
     if options.device == "cuda":
         import torch
 

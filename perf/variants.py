@@ -106,6 +106,7 @@ def variants(cell: str, hidden: int) -> Iterator[Variant]:
         yield Variant("coupled", replace(plain, coupled=True))
         yield Variant("cell_clip", replace(plain, cell_clip=3.0))
         yield Variant("projection", replace(plain, proj=hidden // 2))
+        yield Variant("output_activation=sigmoid", replace(plain, output_activation="sigmoid"))
     if cell == "gru":
         yield Variant("reset_after=False", replace(plain, reset_after=False))
     yield Variant("gate_clip", replace(plain, gate_clip=5.0))

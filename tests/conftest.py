@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # one thread for each xdist worker: tiny tensors, and as many workers as cores
     torch.set_num_threads(1)
     if _interpreting():
-        from interpreting import take_shortcuts
+        from lstm_triton.perf.interpreting import take_shortcuts
 
         take_shortcuts()
 

@@ -14,6 +14,9 @@ from lstm_triton.spec import GATES
 CELLS = ("lstm", "gru", "rnn")
 ENGINES = ("local", "resident", "streamed", "step")
 
+#: Under autocast on the CPU torch has its LSTM from oneDNN, which it calls, and fails, where this is False.
+ONEDNN_HAS_BFLOAT16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 #: ||ours - reference|| / ||reference||, reference in float64 from the same (rounded) inputs. The accumulators are fp32
 #: (fp64); what is left in the 16-bit types is the rounding of what is stored.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

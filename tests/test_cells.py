@@ -79,7 +79,7 @@ def test_single_precision(spec: CellSpec, memory: str) -> None:
     """The tolerance of the plain cells, also where backward makes the gates again; or what eager fp32 is off itself."""
     recompute = memory == "recompute"
     problem = CellProblem(spec, 4, 3, 8, 17, spec.gates if recompute else 0, seed=3, skips=recompute)
-    ours, eager = problem.errors(engine="step", memory=memory), problem.errors(engine="reference")
+    ours, eager = problem.errors(engine="local", memory=memory), problem.errors(engine="reference")
     for name, error in ours.items():
         assert error <= max(TOLERANCE[torch.float32], 2 * eager[name]), (name, error, eager[name])
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import CELLS, TOLERANCE, problem, relative_error
+from numerics import CELLS, ONEDNN_HAS_BFLOAT16, TOLERANCE, problem, relative_error
 from sequence_cases import Case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -288,12 +288,10 @@ def test_autocast_as_torch(cell: str, compiled: bool) -> None:
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
     found = results(run, [x], list(layer.parameters()))
-    # torch has autocast of its LSTM from oneDNN, which it calls also on a CPU for which that has no bfloat16, and fails
-    onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    with torch.backends.mkldnn.flags(enabled=onednn, allow_tf32=None):
+    with torch.backends.mkldnn.flags(enabled=ONEDNN_HAS_BFLOAT16, allow_tf32=None):
         wanted = results(under_autocast(other), [x], list(other.parameters()))
     dtypes = [t.dtype for t in wanted]
-    if cell == "gru" or (cell == "lstm" and not onednn):  # which torch then leaves alone on the CPU, and there only
+    if cell == "gru" or (cell == "lstm" and not ONEDNN_HAS_BFLOAT16):  # which torch leaves alone then
         outputs = 3 if cell == "lstm" else 2
         dtypes[:outputs] = [torch.bfloat16] * outputs
     assert [t.dtype for t in found] == dtypes

@@ -103,7 +103,7 @@ def draw(seed: int) -> Configuration:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    count = metafunc.config.getoption("configurations") or (60 if launch.INTERPRETED else 200)
+    count = metafunc.config.getoption("configurations") or (40 if launch.INTERPRETED else 200)
     metafunc.parametrize("seed", range(count), ids=lambda seed: f"seed{seed}-")
 
 

@@ -1,4 +1,4 @@
-"""Takes out of Triton's interpreter what it does over and over to no effect: two thirds of a small launch's time."""
+"""Takes out of Triton's interpreter what it does again and again to no effect: half of a small launch's time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def take_shortcuts() -> None:
-    """For the rest of this process. What the kernels compute, and how, stays as it was.
+    """For the rest of this process, which interprets. What the kernels compute, and how, stays as it was.
 
     - Each call of a device function patches triton.language anew, by a walk over all of its members. Here each set of
       globals is patched once and stays so: in a process that interprets nothing else reads the language.
