@@ -125,12 +125,13 @@ FORMS = (
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_projections_and_skipped_steps(form: tuple[str, float, bool, bool], engine: str, direction: str) -> None:
-    """On every target, the dtypes in turn: no spill, within the plan's memory, every wait in its place."""
+    """On two targets of three, the dtypes in turn: no spill, within the plan's memory, every wait in its place."""
     cell, share, masked, cells = form
     H, B = SIZES[engine][0]
     half = "bf16", "fp16"
     dtypes = itertools.islice(itertools.cycle(half if engine == "local" else (*half, "tf32")), FORMS.index(form), None)
-    for target, name in zip(TARGETS, dtypes, strict=False):
+    targets = [target for target in TARGETS if target != TARGETS[FORMS.index(form) % len(TARGETS)]]
+    for target, name in zip(targets, dtypes, strict=False):
         dtype, precision = DTYPES[name]
         spec = CellSpec(cell, proj=int(share * H))
         plan = make_plan(spec, 64, B, H, dtype, devices()[target], engine=engine, precision=precision)

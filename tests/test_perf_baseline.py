@@ -46,8 +46,10 @@ def features(job: resources.Job) -> set[tuple[object, ...]]:
     """What a sample must meet, of one row."""
     row = planned(job)
     of = {name: row[name] for name in ("target", "cell", "direction", "dtype", "engine", "hidden", "batch")}
-    pairs = [("cell", "dtype"), ("cell", "engine"), ("dtype", "engine"), ("hidden", "engine"), ("batch", "engine")]
-    return {(of["target"], of["direction"], *pair, *(of[name] for name in pair)) for pair in pairs}
+    on_each_target = [("cell", "engine"), ("dtype", "engine")]
+    on_some = [("cell", "dtype"), ("hidden", "engine"), ("batch", "engine")]
+    pairs = [("target", *pair) for pair in on_each_target] + on_some
+    return {(of["direction"], *pair, *(of[name] for name in pair)) for pair in pairs}
 
 
 def chosen(held: baseline.Baseline, jobs: Group) -> list[Group]:
