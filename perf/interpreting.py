@@ -11,7 +11,7 @@ import numpy as np
 
 
 def take_shortcuts() -> None:
-    """For the rest of this process, which interprets. What the kernels compute, and how, stays as it was.
+    """For the rest of this process, which interprets. The kernels compute what they did, to the bit.
 
     - Each call of a device function patches triton.language anew, by a walk over all of its members. Here each set of
       globals is patched once and stays so: in a process that interprets nothing else reads the language.
@@ -33,8 +33,8 @@ def take_shortcuts() -> None:
     interpreter._patch_lang = patch_once
 
     builder = interpreter.interpreter_builder
-    assert not builder.options.debug
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
     of_scalar, of_pointer = functools.cache(interpreter._get_np_dtype), np.dtype(np.uint64)
     interpreter._get_np_dtype = lambda kind: of_pointer if kind.scalar.is_ptr() else of_scalar(kind.scalar)

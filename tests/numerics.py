@@ -14,7 +14,7 @@ from lstm_triton.spec import GATES
 CELLS = ("lstm", "gru", "rnn")
 ENGINES = ("local", "resident", "streamed", "step")
 
-#: Under autocast on the CPU torch has its LSTM from oneDNN, which it calls, and fails, where this is False.
+#: Whether torch.nn.LSTM runs under bfloat16 autocast on this CPU: where oneDNN has no bfloat16, torch raises.
 ONEDNN_HAS_BFLOAT16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 #: ||ours - reference|| / ||reference||, reference in float64 from the same (rounded) inputs. The accumulators are fp32

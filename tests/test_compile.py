@@ -288,10 +288,11 @@ def test_autocast_as_torch(cell: str, compiled: bool) -> None:
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
     found = results(run, [x], list(layer.parameters()))
+    # without oneDNN torch leaves the LSTM in float32, rather than raise
     with torch.backends.mkldnn.flags(enabled=ONEDNN_HAS_BFLOAT16, allow_tf32=None):
         wanted = results(under_autocast(other), [x], list(other.parameters()))
     dtypes = [t.dtype for t in wanted]
-    if cell == "gru" or (cell == "lstm" and not ONEDNN_HAS_BFLOAT16):  # which torch leaves alone then
+    if cell == "gru" or (cell == "lstm" and not ONEDNN_HAS_BFLOAT16):  # left in float32, on the CPU alone
         outputs = 3 if cell == "lstm" else 2
         dtypes[:outputs] = [torch.bfloat16] * outputs
     assert [t.dtype for t in found] == dtypes

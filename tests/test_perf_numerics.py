@@ -306,7 +306,7 @@ def judge_with(monkeypatch: pytest.MonkeyPatch, judge: Callable[[Problem], Check
 
 
 GOOD = Check(True, 1e-7, "y", 1e-6)
-TODO = [small(spec, engine) for spec in BIASED for engine in ("local", "resident")]
+QUEUE = [small(spec, engine) for spec in BIASED for engine in ("local", "resident")]
 
 
 def test_refusals_are_told_from_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_refusals_are_told_from_errors(tmp_path: Path, monkeypatch: pytest.Monke
 
     judge_with(monkeypatch, judge)
     rows = rows_at(tmp_path)
-    assert engines.run(TODO[:2], "cpu", rows, "here", None, early=False)
+    assert engines.run(QUEUE[:2], "cpu", rows, "here", None, early=False)
     assert [row["status"] for row in rows.rows] == ["refused", "error"]
 
 
@@ -329,8 +329,8 @@ def test_an_engine_whose_waits_run_out_is_left(tmp_path: Path, monkeypatch: pyte
 
     judge_with(monkeypatch, judge)
     rows = rows_at(tmp_path)
-    assert engines.run(TODO, "cpu", rows, "here", None, early=False)
-    left = sum(problem.engine == "resident" for problem in TODO) - engines.TIMEOUTS
+    assert engines.run(QUEUE, "cpu", rows, "here", None, early=False)
+    left = sum(problem.engine == "resident" for problem in QUEUE) - engines.TIMEOUTS
     assert [row["status"] for row in rows.rows if row["engine"] == "resident"] == ["error"] * 3 + ["left"] * left
     assert {row["status"] for row in rows.rows if row["engine"] == "local"} == {"ok"}
 
@@ -340,39 +340,39 @@ def test_a_lost_device_ends_the_run_after_its_row(tmp_path: Path, monkeypatch: p
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def judge(problem: Problem) -> Check:
-        return GOOD if problem == TODO[0] else lost()
+        return GOOD if problem == QUEUE[0] else lost()
 
     judge_with(monkeypatch, judge)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     rows = rows_at(tmp_path)
-    assert not engines.run(TODO, "cuda", rows, "here", None, early=False)
+    assert not engines.run(QUEUE, "cuda", rows, "here", None, early=False)
     assert [row["status"] for row in rows.rows] == ["ok", "error"]
     judge_with(monkeypatch, lambda problem: GOOD)
     resumed = rows_at(tmp_path, resume=True)
-    assert engines.run(TODO, "cuda", resumed, "here", None, early=False)
-    assert [row["status"] for row in resumed.rows] == ["ok", "error"] + ["ok"] * (len(TODO) - 2)
+    assert engines.run(QUEUE, "cuda", resumed, "here", None, early=False)
+    assert [row["status"] for row in resumed.rows] == ["ok", "error"] + ["ok"] * (len(QUEUE) - 2)
 
 
 def test_a_problem_that_ends_its_process_gets_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(problem: Problem) -> Check:
-        if problem == TODO[1]:
+        if problem == QUEUE[1]:
             raise KeyboardInterrupt
         return GOOD
 
     judge_with(monkeypatch, judge)
     with pytest.raises(KeyboardInterrupt):
-        engines.run(TODO, "cpu", rows_at(tmp_path), "here", None, early=False)
+        engines.run(QUEUE, "cpu", rows_at(tmp_path), "here", None, early=False)
     resumed = rows_at(tmp_path, resume=True)
-    assert engines.run(TODO, "cpu", resumed, "here", None, early=False)
+    assert engines.run(QUEUE, "cpu", resumed, "here", None, early=False)
     keys = [tuple(row[name] for name in engines.KEY) for row in resumed.rows]
-    assert sorted(keys) == sorted(tuple(problem.key.values()) for problem in TODO)
+    assert sorted(keys) == sorted(tuple(problem.key.values()) for problem in QUEUE)
     assert [row["detail"] for row in resumed.rows if row["status"] == "error"] == ["the process ended in this problem"]
 
 
 def test_no_problem_begins_after_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge_with(monkeypatch, lambda problem: GOOD)
     rows = rows_at(tmp_path)
-    assert engines.run(TODO, "cpu", rows, "here", -1.0, early=False) and not rows.rows
+    assert engines.run(QUEUE, "cpu", rows, "here", -1.0, early=False) and not rows.rows
 
 
 def test_what_was_not_reached_is_named() -> None:
