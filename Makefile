@@ -5,13 +5,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv test sweep report resources lint clean
+.PHONY: help venv test sweep report resources figures lint clean
 
 help:
 	@echo "make sweep      time ours against torch.nn into results/ (without a GPU: the CPU path, and numerics)"
 	@echo "make report     figures and an HTML page of results/, into results/report/"
 	@echo "make test       the whole test suite, no GPU needed"
 	@echo "make resources  compile every kernel for several GPUs, no GPU needed: registers, spills, shared memory"
+	@echo "make figures    draw the figures of docs/ and renew the tables that are counted, no GPU needed"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove environments, caches and results"
 	@echo "ARGS is handed on by sweep, report and resources: make sweep ARGS='--cells lstm --hidden 512'; PYTHON is the interpreter to start from"
@@ -40,6 +41,11 @@ report: venv
 resources: venv
 	$(BIN)/python -m lstm_triton.perf resources --out perf/results/resources $(ARGS)
 	$(BIN)/python -m lstm_triton.perf resources --variants --out perf/results/resources
+
+figures: venv
+	TRITON_INTERPRET=0 $(BIN)/python docs/figures/vanishing.py
+	TRITON_INTERPRET=0 $(BIN)/python docs/figures/schedules.py
+	TRITON_INTERPRET=0 $(BIN)/python docs/figures/ladder.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
 """Device code. Imports triton only.
 
-Read in this order: activations, cells, sync, product, tiles, forward, backward; then norm, zoneout.
+Read in this order: activations, cells, tiles, sync, product, forward, backward; then norm, zoneout.
 """

@@ -10,139 +10,105 @@ import triton.language as tl
 
 from .activations import clip
 from .cells import gru_reset_backward, gru_update_backward
-from .norm import own_gradient_sums, row_gradients, send_sums
-from .product import load_resident, product
-from .sync import COUNTER_STRIDE, give_up, publish, wait
+from .norm import own_gradient_sums, row_gradients, send
+from .product import own_weights, product
+from .sync import COUNTER_STRIDE, give_up, meet, publish
 from .tiles import (
     as_type,
+    hold,
     load_masks,
-    load_params,
-    load_planes,
     load_tiles,
-    own_tiles,
-    part_of,
-    store_planes,
+    load_vectors,
+    one_of,
     store_tiles,
+    this_program,
+    times,
+    zero_columns,
     zero_rows,
 )
-from .zoneout import draw, zone_gradient
+from .zoneout import draw_tiles, zone_gradient
 
 
 @triton.jit
 def load_saved(
-    previous_ptr, gates_ptr, extra_ptr, units, offs_b, hidden, masks,
-    G: tl.constexpr, H: tl.constexpr, SAVE_GATES: tl.constexpr, SAVE_EXTRA: tl.constexpr,
+    previous_ptr, gates_ptr, extra_ptr, row, own, SAVE_GATES: tl.constexpr, SAVE_EXTRA: tl.constexpr, PLAN: tl.constexpr
 ):  # fmt: skip
     """What the forward kernel saved of one step: the state before it, its gates tile by tile, and the extra tiles."""
-    previous = load_tiles(previous_ptr, hidden, masks)
-    extra = previous
-    if SAVE_EXTRA:
-        extra = load_tiles(extra_ptr, hidden, masks)
-    gates = ()
-    if SAVE_GATES:
-        gates = load_planes(gates_ptr, units, offs_b, masks, G, H, G)
+    G: tl.constexpr = PLAN.G
+    H: tl.constexpr = PLAN.H
+    previous = load_tiles(previous_ptr, own, H)
+    gates = load_tiles(gates_ptr + row * (G * H), own, H, G, G) if SAVE_GATES else ()
+    extra = load_tiles(extra_ptr + row * H, own, H) if SAVE_EXTRA else previous
     return previous, gates, extra
 
 
 @triton.jit
+def column_weights(w_ptr, own, WIDTH: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr,
+                   PLAN: tl.constexpr):  # fmt: skip
+    """This program's columns of a matrix [K, WIDTH]."""
+    ptrs = ()
+    for tile in tl.static_range(len(own.columns)):
+        ptrs += (w_ptr + own.columns[tile],)
+    return own_weights(ptrs, own.column_masks, K, WIDTH, SEGMENT, BLOCK_K, PLAN)
+
+
+@triton.jit
 def h_gradient(
-    da, rows_ptr, mask_b, column_ptrs, masks_p, resident, poison, masks_h, TILE: tl.constexpr, TILES: tl.constexpr,
-    TILES_P: tl.constexpr, GATES: tl.constexpr, MASKS: tl.constexpr, ROW_STRIDE: tl.constexpr, LOCAL: tl.constexpr,
-    H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    da, rows_ptr, mask_b, weights, poison, masks_h, TILE: tl.constexpr, GATES: tl.constexpr, OPT: tl.constexpr,
+    PLAN: tl.constexpr,
 ):  # fmt: skip
     """da[t+1] W_hh of one tile of h's columns, through the masks that h was multiplied by."""
-    if MASKS > 1:
-        total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    H: tl.constexpr = PLAN.H
+    STRIDE: tl.constexpr = PLAN.D * H
+    N: tl.constexpr = PLAN.BLOCK_H
+    if OPT.masks > 1:
+        total = tl.full((PLAN.BLOCK_B, N), 0, PLAN.ACC)
         for gate in tl.static_range(GATES):
-            own = ()
-            if LOCAL:
-                own = part_of(da, gate, TILES)
-            total += masks_h[gate * TILES_P + TILE] * product(
-                own, rows_ptr + gate * H, ROW_STRIDE, mask_b, column_ptrs, masks_p, P, resident, poison, TILE, gate,
-                LOCAL, H, H, BLOCK_B, BLOCK_H, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
+            of_gate = da[gate * PLAN.TILES :][: PLAN.TILES]
+            total += masks_h[gate * PLAN.TILES_P + TILE] * product(
+                of_gate, rows_ptr + gate * H, STRIDE, mask_b, weights, poison, TILE, gate, N, H, PLAN.P, H,
+                PLAN.BLOCK_K, PLAN,
             )  # fmt: skip
         return total
     else:
+        SEGMENT: tl.constexpr = H if PLAN.LOCAL else GATES * H
         total = product(
-            da, rows_ptr, ROW_STRIDE, mask_b, column_ptrs, masks_p, P, resident, poison, TILE, 0,
-            LOCAL, H, GATES * H, BLOCK_B, BLOCK_H, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
-        )  # fmt: skip
-        if MASKS == 1:
-            total *= masks_h[TILE]
-        return total
+            da, rows_ptr, STRIDE, mask_b, weights, poison, TILE, 0, N, GATES * H, PLAN.P, SEGMENT, PLAN.BLOCK_K, PLAN
+        )
+        return total * masks_h[TILE] if OPT.masks == 1 else total
 
 
 @triton.jit
-def add_rows(sums, found, counts, TILE: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr):
-    """sums, ROWS for each of a program's tiles, plus `found` to those of TILE from row FIRST on, where it counts."""
+def add_rows(sums, found, counts, FIRST: tl.constexpr):
+    """sums plus `found` from place FIRST on, in the rows that count."""
     added = ()
-    for i in tl.static_range(len(sums)):
-        if i // ROWS == TILE and i % ROWS >= FIRST and i % ROWS < FIRST + len(found):
-            more = found[i % ROWS - FIRST]
-            added = added + (sums[i] + tl.where(counts, more, tl.zeros_like(more)),)
-        else:
-            added = added + (sums[i],)
-    return added
-
-
-@triton.jit
-def kept_gates(gates, TILE: tl.constexpr, G: tl.constexpr, SAVE_GATES: tl.constexpr, ACC: tl.constexpr):
-    """The gates of one tile, where there are any."""
-    kept = ()
-    if SAVE_GATES:
-        kept = as_type(part_of(gates, TILE, G), ACC)
-    return kept
-
-
-@triton.jit
-def dstate_now(dstate, dcells_ptr, hidden, mask, HAS_DCELLS: tl.constexpr):
-    """The gradient by state[t]: what came from step t+1, and what came from outside."""
-    if HAS_DCELLS:
-        dstate += tl.load(dcells_ptr + hidden, mask=mask, other=0.0).to(dstate.dtype)
-    return dstate
+    for i in tl.static_range(len(found)):
+        added += (sums[FIRST + i] + tl.where(counts, found[i], tl.zeros_like(found[i])),)
+    return sums[:FIRST] + added + sums[FIRST + len(found) :]
 
 
 @triton.jit
 def through_cell(
-    CELL: tl.constexpr, dout, dmade, dstate, kept, made, state_prev, extra, params, dparams, dcells_ptr, hidden, mask,
-    bits, counts, TILE: tl.constexpr, OPT: tl.constexpr, HAS_DCELLS: tl.constexpr, MASKED: tl.constexpr,
-    ACC: tl.constexpr,
+    dout, dmade, dstate, kept, made, state_prev, extra, params, dparams, bits, counts, TILE: tl.constexpr,
+    CELL: tl.constexpr, MASKED: tl.constexpr, OPT: tl.constexpr,
 ):  # fmt: skip
     """Back through one tile of the cell, and of zoneout and the skipped steps around it.
 
     dmade: by the state that the cell made, through h; with layer normalisation all of it.
     """
-    dstate = dstate_now(dstate, dcells_ptr, hidden, mask, HAS_DCELLS)
-    dnew = dstate
+    dnew, dheld = dstate, tl.zeros_like(dstate)
     if OPT.has_c:
         dnew, dheld = zone_gradient(dstate, bits, OPT.zone_state, OPT.random)
-    if OPT.has_c:
         dnew = dmade if OPT.norm else dnew + dmade
-    slots, dh_direct, dstate_prev, found = CELL(
-        dout, dnew, kept, made, state_prev, extra, part_of(params, TILE, OPT.params), OPT
-    )
+    own_params = params[TILE * OPT.params :][: OPT.params]
+    slots, dh_direct, dstate_prev, found = CELL(dout, dnew, kept, made, state_prev, extra, own_params, OPT)
     if OPT.has_c and OPT.zone_state[0] != 0.0:
         dstate_prev += dheld
-    if MASKED:
-        dstate_prev = tl.where(counts, dstate_prev, dstate)
-        counted = ()
-        for slot in tl.static_range(len(slots)):
-            counted = counted + (tl.where(counts, slots[slot], tl.zeros_like(slots[slot])),)
-        slots = counted
-    if len(found) > 0:
-        dparams = add_rows(dparams, found, counts, TILE, OPT.dparams, 0)
-    return slots, dh_direct, dstate_prev, dparams
-
-
-@triton.jit
-def recurrent_slots(slots, OPT: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr):
-    """Those by the recurrent product."""
-    found = ()
-    for gate in tl.static_range(G):
-        found = found + (slots[OPT.h_slot + gate].to(DTYPE),)
-    return found
+    dstate_prev = hold(counts, dstate_prev, dstate, MASKED)
+    return (
+        zero_rows(slots, counts, MASKED), dh_direct, dstate_prev,
+        add_rows(dparams, found, counts, TILE * OPT.dparams),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "B", "start", "first_step", "chained", "last", "first_group"])
@@ -166,7 +132,7 @@ def sequence_backward(
     dh_ptr,  # [B, P], ACC dtype, in: by h after the last step; out: by h0, without what goes through W_hh
     dstate_ptr,  # [B, H], ACC dtype, in: by the state after the last step; out: by the state before the first
     dparams_ptr,  # [B, OPT.dparams * H], ACC dtype, in and out: by params, and with OPT.norm by b_hh, summed over time
-    sums_ptr,  # [4, B, N_H, 2], ACC dtype, with OPT.norm and N_H > 1: what programs send one another
+    sums_ptr,  # [2, B, N_H, 2], ACC dtype, with OPT.norm and N_H > 1: what programs send one another
     scratch_ptr,  # [B, (G + 2) * H], ACC dtype, with OPT.norm: what a part of a step hands over to the next launch
     counter_ptr,  # [groups * COUNTER_STRIDE] zeros, with SYNC
     error_ptr,  # [1], with SYNC
@@ -177,415 +143,258 @@ def sequence_backward(
     chained,
     last,  # 1 where the last step of this launch is the first of the sequence
     first_group,
-    CELL: tl.constexpr, OUTPUT: tl.constexpr, MADE: tl.constexpr, OPT: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    H_SLOT: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, TILES: tl.constexpr, TILES_P: tl.constexpr, N_H: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_K_R: tl.constexpr, SPLIT_K: tl.constexpr, AHEAD: tl.constexpr,
-    STAGES: tl.constexpr, LOCAL: tl.constexpr, SYNC: tl.constexpr, RESIDENT: tl.constexpr, REVERSE: tl.constexpr,
-    PRODUCT: tl.constexpr, SECOND: tl.constexpr, CELLS: tl.constexpr, OUTPUTS: tl.constexpr, MASKED: tl.constexpr,
-    HAS_DCELLS: tl.constexpr, SAVE_GATES: tl.constexpr, SAVE_EXTRA: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, POLLS: tl.constexpr,
+    CELL: tl.constexpr, OUTPUT: tl.constexpr, MADE: tl.constexpr, OPT: tl.constexpr, PLAN: tl.constexpr,
+    PRODUCT: tl.constexpr, SECOND: tl.constexpr, CELLS: tl.constexpr, OUTPUTS: tl.constexpr,
+    REVERSE: tl.constexpr, MASKED: tl.constexpr, HAS_DCELLS: tl.constexpr, SAVE_GATES: tl.constexpr,
+    SAVE_EXTRA: tl.constexpr,
 ):  # fmt: skip
     STORAGE: tl.constexpr = slots_ptr.dtype.element_ty
+    ACC: tl.constexpr = PLAN.ACC
+    G: tl.constexpr = PLAN.G
+    D: tl.constexpr = PLAN.D
+    H: tl.constexpr = PLAN.H
+    P: tl.constexpr = PLAN.P
+    TILES: tl.constexpr = PLAN.TILES
+    ROWS: tl.constexpr = OPT.dparams
     GATES: tl.constexpr = 2 if OPT.reset_before else G  # of the first product
     NORM_C: tl.constexpr = OPT.norm and OPT.has_c
-    HANDED_OVER: tl.constexpr = not (LOCAL or SYNC)
-    SEGMENT: tl.constexpr = H if (LOCAL or OPT.masks > 1) else GATES * H
-    PARAMS: tl.constexpr = OPT.params
-    ROWS: tl.constexpr = OPT.dparams
+    HANDED_OVER: tl.constexpr = not (PLAN.LOCAL or PLAN.SYNC)
     OWNS_DH: tl.constexpr = PRODUCT or OPT.reset_before
-    OWN_SLOTS: tl.constexpr = G if OPT.norm else D  # that the cell finds
-    group = first_group + tl.program_id(0) // N_H
-    member = tl.program_id(0) % N_H
-    first_b = (group * BLOCK_B).to(tl.int64)
-    stride_t = B.to(tl.int64)
-    offs_b = tl.arange(0, BLOCK_B)
-    mask_b = first_b + offs_b < B
-    if SYNC:
-        counter_ptr += group * COUNTER_STRIDE
-
-    dy_ptr += (start * stride_t + first_b) * P
-    states_ptr += (start * stride_t + first_b) * H
-    state0_ptr += first_b * H
-    if HAS_DCELLS:
-        dcells_ptr += (start * stride_t + first_b) * H
-    if SAVE_EXTRA:
-        extra_ptr += (start * stride_t + first_b) * H
-    if SAVE_GATES:
-        gates_ptr += (start * stride_t + first_b) * (G * H)
+    me = this_program(first_group, B, PLAN)
+    first_b, mask_b, own, own_h = me.first_b, me.mask_b, me.own, me.own_h
+    if PLAN.SYNC:
+        counter_ptr += me.group * COUNTER_STRIDE
+    sums_c_ptr = sums_ptr
+    if OPT.norm and not PLAN.LOCAL:
+        sums_ptr += first_b * (PLAN.N_H * 2)
+        sums_c_ptr = sums_ptr + B.to(tl.int64) * (PLAN.N_H * 2)
+    if OPT.norm and HANDED_OVER:
+        scratch_ptr += first_b * ((G + 2) * H)
+    SEGMENT: tl.constexpr = H if (PLAN.LOCAL or OPT.masks > 1) else GATES * H
+    weights = column_weights(w_hh_ptr, own_h, P, GATES * H, SEGMENT, PLAN.BLOCK_K, PLAN)
+    second = weights
     if OPT.projected:
-        dh_all_ptr += (start * stride_t + first_b) * P
-    if OPT.norm:
-        normed_ptr += (start * stride_t + first_b) * (G * H)
-        stats_ptr += (start * stride_t + first_b) * 4
-        if not LOCAL:
-            sums_ptr += first_b * (N_H * 2)
-        if HANDED_OVER:
-            scratch_ptr += first_b * ((G + 2) * H)
-    if MASKED:
-        steps_ptr += start * stride_t + first_b
-    slots_ptr += (start * stride_t + first_b) * (D * H)
-    if REVERSE:
-        stride_t = -stride_t
-    rows_ptr = slots_ptr + stride_t * (D * H) + H_SLOT * H
+        second = column_weights(w_hr_ptr, own, H, P, P, PLAN.BLOCK_K_R, PLAN)
+    if OPT.reset_before:
+        second = column_weights(w_hh_ptr + 2 * H * H, own, H, H, H, PLAN.BLOCK_K_R, PLAN)
+    params = load_vectors(params_ptr, own, OPT.params, H, ACC)
+    masks_h = load_masks(mask_ptr, first_b, B, own_h, OPT.masks, P, ACC)
+    seed = tl.load(seed_ptr) if OPT.random else 0
 
-    # This program's hidden units, and its columns of h: the same, or those of the projection.
-    units, masks_n, hidden, masks = own_tiles(offs_b, mask_b, member * TILES, H, BLOCK_H, TILES)
-    offs_p, masks_p, h_own, h_masks = own_tiles(offs_b, mask_b, member * TILES_P, P, BLOCK_H, TILES_P)
-    column_ptrs = ()
-    resident = ()
-    dh = ()
-    if PRODUCT:
-        for tile in tl.static_range(TILES_P):
-            column_ptrs = column_ptrs + (w_hh_ptr + offs_p[tile],)
-        if RESIDENT:
-            resident = load_resident(column_ptrs, masks_p, P, GATES * H, SEGMENT, BLOCK_K, SPLIT_K)
-    if OWNS_DH:
-        dh = load_tiles(dh_ptr + first_b * P, h_own, h_masks)
-    second_ptrs = ()
-    resident_r = ()
-    if SECOND and OPT.projected:
-        for tile in tl.static_range(TILES):
-            second_ptrs = second_ptrs + (w_hr_ptr + units[tile],)
-        if RESIDENT:
-            resident_r = load_resident(second_ptrs, masks_n, H, P, P, BLOCK_K_R, SPLIT_K)
-    if SECOND and OPT.reset_before:
-        for tile in tl.static_range(TILES):
-            second_ptrs = second_ptrs + (w_hh_ptr + 2 * H * H + units[tile],)
-        if RESIDENT:
-            resident_r = load_resident(second_ptrs, masks_n, H, H, H, BLOCK_K_R, SPLIT_K)
-    dstate = ()
-    state = ()
-    dparams = ()
-    if CELLS or (SECOND and OPT.norm):
-        dstate = load_tiles(dstate_ptr + first_b * H, hidden, masks)
-        for tile in tl.static_range(TILES):
-            state = state + (tl.load(states_ptr + hidden[tile], mask=masks[tile], other=0.0).to(ACC),)
-    params = load_params(params_ptr, units, masks_n, PARAMS, H, ACC)
-    if ROWS > 0:
-        dparams = load_planes(dparams_ptr + first_b * (ROWS * H), units, offs_b, masks, ROWS, H, ROWS)
-    masks_h = load_masks(mask_ptr, first_b, B, h_own, h_masks, OPT.masks, P, ACC)
-    seed = 0
-    if OPT.random:
-        seed = tl.load(seed_ptr)
+    # Of step t, the first row of the group in a matrix [T * B, .].
+    stride_t = -B.to(tl.int64) if REVERSE else B.to(tl.int64)
+    row = start * B.to(tl.int64) + first_b
+    dh = load_tiles(dh_ptr + first_b * P, own_h, P)
+    dstate = load_tiles(dstate_ptr + first_b * H, own, H)
+    state = as_type(load_tiles(states_ptr + row * H, own, H), ACC)
+    dparams = load_tiles(dparams_ptr + first_b * (ROWS * H), own, H, ROWS, ROWS) if ROWS > 0 else ()
     da = ()
-    if LOCAL:
+    if PLAN.LOCAL:
         for _tile in tl.static_range(GATES * TILES):
-            da = da + (tl.zeros((BLOCK_B, BLOCK_H), STORAGE),)
+            da += (tl.full((PLAN.BLOCK_B, PLAN.BLOCK_H), 0, STORAGE),)
     keep_next = mask_b
     if MASKED:
-        following = tl.load(steps_ptr + stride_t + offs_b, mask=mask_b & (offs_b * 0 + chained != 0), other=0)
+        following = tl.load(steps_ptr + row + stride_t + own.rows, mask=mask_b & (own.rows * 0 + chained != 0), other=0)
         keep_next = (following & 2) == 0
-
     ok = True
     target = 0
     for step in tl.range(0, T, num_stages=1):
-        previous_ptr = states_ptr - stride_t * H
+        previous_ptr = states_ptr + (row - stride_t) * H
         if (step + 1 == T) & (last != 0):
-            previous_ptr = state0_ptr
-        dy = ()
-        if PRODUCT:
-            dy = load_tiles(dy_ptr, h_own, h_masks)
-        previous = ()
-        gates = ()
-        extra = ()
+            previous_ptr = state0_ptr + first_b * H
+        rows_ptr = slots_ptr + (row + stride_t) * (D * H) + PLAN.H_SLOT * H
+        da_ptr = slots_ptr + row * (D * H)
+        dy = load_tiles(dy_ptr + row * P, own_h, P) if PRODUCT else ()
+        previous, gates, extra = load_saved(previous_ptr, gates_ptr, extra_ptr, row, own, SAVE_GATES, SAVE_EXTRA, PLAN)
         normed = ()
         scale_h, mean_c, scale_c = 0.0, 0.0, 0.0
-        if not (OPT.projected and SECOND):
-            previous, gates, extra = load_saved(
-                previous_ptr, gates_ptr, extra_ptr, units, offs_b, hidden, masks, G, H, SAVE_GATES, SAVE_EXTRA
-            )
         if OPT.norm:
-            normed = load_planes(normed_ptr, units, offs_b, masks, G, H, G)
-            scale_h = tl.load(stats_ptr + offs_b * 4 + 1, mask=mask_b, other=0.0)
-            mean_c = tl.load(stats_ptr + offs_b * 4 + 2, mask=mask_b, other=0.0)
-            scale_c = tl.load(stats_ptr + offs_b * 4 + 3, mask=mask_b, other=0.0)
-        keep_rows = keep_next
-        keep = mask_b
-        counts = mask_b[:, None]
+            normed = load_tiles(normed_ptr + row * (G * H), own, H, G, G)
+            scale_h = tl.load(stats_ptr + row * 4 + own.rows * 4 + 1, mask=mask_b, other=0.0)
+            mean_c = tl.load(stats_ptr + row * 4 + own.rows * 4 + 2, mask=mask_b, other=0.0)
+            scale_c = tl.load(stats_ptr + row * 4 + own.rows * 4 + 3, mask=mask_b, other=0.0)
+        counts, keep_rows, keep = mask_b[:, None], keep_next, mask_b
         if MASKED:
-            flags = tl.load(steps_ptr + offs_b, mask=mask_b, other=0)
-            counts = ((flags & 1) != 0)[:, None]
-            keep = (flags & 2) == 0
+            flags = tl.load(steps_ptr + row + own.rows, mask=mask_b, other=0)
+            counts, keep = ((flags & 1) != 0)[:, None], (flags & 2) == 0
             keep_next = keep
-        bits_h = ()
-        bits_c = ()
-        if OPT.random:
-            t = first_step + (start + step if REVERSE else start - step)
-            for tile in tl.static_range(TILES):
-                for_h, for_c = draw(seed, t, first_b + offs_b, units[tile])
-                bits_c = bits_c + (for_c,)
-                if not OPT.projected:
-                    bits_h = bits_h + (for_h,)
-            if OPT.projected:
-                for tile in tl.static_range(TILES_P):
-                    bits_h = bits_h + (draw(seed, t, first_b + offs_b, offs_p[tile])[0],)
-        sums_t = sums_ptr
-        sums_c = sums_ptr
-        if OPT.norm and not LOCAL:
-            sums_t = sums_ptr + step % 2 * (B.to(tl.int64) * (N_H * 2))
-            sums_c = sums_t + B.to(tl.int64) * (N_H * 4)
+        kept_rows = keep[:, None]
+        t = first_step + (start + step if REVERSE else start - step)
+        bits_h, bits_c = draw_tiles(seed, t, first_b, own, OPT.random)
+        if OPT.projected:
+            bits_h, _ = draw_tiles(seed, t, first_b, own_h, OPT.random)
 
-        poison = 0.0
-        if SYNC:
-            ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
-            target += N_H
-            poison = tl.where(ok, 0.0, float("nan"))
+        target, ok, poison = meet(counter_ptr, target, ok, PLAN)
         has_next = mask_b & ((step > 0) | (chained != 0))
         if MASKED:
             has_next = has_next & keep_rows
         if OPT.projected:
-            has_next = has_next & (offs_b * 0 + member * BLOCK_H < P)
-        dh_next = ()
-        dh_tiles = ()
-        da_next = ()
+            has_next = has_next & (own.rows * 0 + me.member * PLAN.BLOCK_H < P)
+        dh_next, dh_rows, da_next, dstate_next, state_next = (), (), (), (), ()
         if PRODUCT and OPT.two_products:
-            for tile in tl.static_range(TILES_P):
-                dh_t = h_gradient(
-                    da, rows_ptr, has_next, column_ptrs, masks_p, resident, poison, masks_h, tile, TILES, TILES_P,
-                    GATES, OPT.masks, D * H, LOCAL, H, P, BLOCK_B, BLOCK_H, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES,
-                    DOT, ACC, PRECISION,
-                )  # fmt: skip
+            for tile in tl.static_range(len(own_h.columns)):
+                dh_t = h_gradient(da, rows_ptr, has_next, weights, poison, masks_h, tile, GATES, OPT, PLAN)
                 dh_t = dy[tile].to(ACC) + dh[tile] + dh_t
-                dnew, dheld = zone_gradient(dh_t, bits_h[tile] if OPT.random else 0, OPT.zone_h, OPT.random)
+                dnew, dheld = zone_gradient(dh_t, bits_h[tile], OPT.zone_h, OPT.random)
                 if OPT.reset_before:
-                    state_prev = previous[tile].to(ACC)
-                    if MASKED:
-                        state_prev = tl.where(keep[:, None], state_prev, tl.zeros_like(state_prev))
-                    kept = part_of(gates, tile, G)
-                    kept = (kept[0].to(ACC), kept[1].to(ACC), kept[2].to(ACC))
+                    state_prev = zero_rows(as_type(previous[tile:][:1], ACC), kept_rows, MASKED)[0]
+                    kept = as_type(gates[tile * G :][:G], ACC)
                     dz, dn, direct = gru_update_backward(dnew, kept, state_prev, OPT)
                     dheld = direct if OPT.zone_h[0] == 0.0 else dheld + direct
-                    if MASKED:
-                        dz = tl.where(counts, dz, tl.zeros_like(dz))
-                        dn = tl.where(counts, dn, tl.zeros_like(dn))
-                    store_planes(slots_ptr, (units[tile],), offs_b, (masks[tile],), (dz, dn), 1, 2, H, D, STORAGE)
-                    da_next = da_next + (dz.to(STORAGE),)
-                    dh_tiles = dh_tiles + (dn.to(STORAGE),)
-                if MASKED:
-                    dheld = tl.where(counts, dheld, dh_t)
-                    dnew = tl.where(counts, dnew, tl.zeros_like(dnew))
+                    dz, dn = zero_rows((dz, dn), counts, MASKED)
+                    store_tiles(da_ptr + H, one_of(own, tile), (dz, dn), H, 2, D)
+                    da_next += (dz.to(STORAGE),)
+                    dh_rows += (dn.to(STORAGE),)
+                dh_next += (hold(counts, dheld, dh_t, MASKED),)
                 if OPT.projected:
-                    tl.store(dh_all_ptr + h_own[tile], dnew.to(STORAGE), mask=h_masks[tile])
-                    dh_tiles = dh_tiles + (dnew.to(STORAGE),)
-                dh_next = dh_next + (dheld,)
-            if SYNC:
+                    dh_rows += as_type(zero_rows((dnew,), counts, MASKED), STORAGE)
+                    store_tiles(dh_all_ptr + row * P, one_of(own_h, tile), dh_rows[tile:], P)
+            if PLAN.SYNC:
                 publish(counter_ptr)
         if SECOND and OPT.two_products:
-            if OPT.projected:
+            if OPT.projected:  # the loads above then have no use, and are not made
                 previous, gates, extra = load_saved(
-                    previous_ptr, gates_ptr, extra_ptr, units, offs_b, hidden, masks, G, H, SAVE_GATES, SAVE_EXTRA
+                    previous_ptr, gates_ptr, extra_ptr, row, own, SAVE_GATES, SAVE_EXTRA, PLAN
                 )
-            if SYNC:
-                ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
-                target += N_H
-                poison = tl.where(ok, 0.0, float("nan"))
+            target, ok, poison = meet(counter_ptr, target, ok, PLAN)
         if SECOND and OPT.reset_before:
-            if HANDED_OVER:
-                dh_next = dh
-            dh_reset = ()
-            da_reset = ()
+            direct_next = dh if HANDED_OVER else dh_next
+            dh_next, da_reset = (), ()
             for tile in tl.static_range(TILES):
                 dreset = product(
-                    dh_tiles, slots_ptr + 2 * H, D * H, mask_b, second_ptrs, masks_n, H, resident_r, poison, tile, 0,
-                    LOCAL, H, H, BLOCK_B, BLOCK_H, BLOCK_K_R, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
+                    dh_rows, da_ptr + 2 * H, D * H, mask_b, second, poison, tile, 0, PLAN.BLOCK_H, H, H, H,
+                    PLAN.BLOCK_K_R, PLAN,
                 )  # fmt: skip
                 if OPT.masks > 0:
-                    dreset *= masks_h[(2 if OPT.masks > 1 else 0) * TILES_P + tile]
-                state_prev = previous[tile].to(ACC)
-                if MASKED:
-                    state_prev = tl.where(keep[:, None], state_prev, tl.zeros_like(state_prev))
+                    dreset *= masks_h[(2 if OPT.masks > 1 else 0) * PLAN.TILES_P + tile]
+                state_prev = zero_rows(as_type(previous[tile:][:1], ACC), kept_rows, MASKED)[0]
                 dr, direct = gru_reset_backward(dreset, gates[tile * G].to(ACC), state_prev, OPT)
-                if MASKED:
-                    dr = tl.where(counts, dr, tl.zeros_like(dr))
-                    direct = tl.where(counts, direct, tl.zeros_like(direct))
-                store_planes(slots_ptr, (units[tile],), offs_b, (masks[tile],), (dr,), 0, 1, H, D, STORAGE)
-                da_reset = da_reset + (dr.to(STORAGE),)
-                dh_reset = dh_reset + (dh_next[tile] + direct,)
-            dh_next = dh_reset
-            if SYNC:
+                dr, direct = zero_rows((dr, direct), counts, MASKED)
+                store_tiles(da_ptr, one_of(own, tile), (dr,), H, 1, D)
+                da_reset += (dr.to(STORAGE),)
+                dh_next += (direct_next[tile] + direct,)
+            if PLAN.SYNC:
                 publish(counter_ptr)
-            if LOCAL:
-                da = zero_rows(da_reset + da_next, keep) if MASKED else da_reset + da_next
+            if PLAN.LOCAL:
+                da = zero_rows(da_reset + da_next, kept_rows, MASKED)
 
-        dstate_next = ()
-        state_next = ()
-        douts = ()
-        dmades = ()
-        normal = ()
-        first, second = 0.0, 0.0
+        douts, dmades, normal = (), (), ()
+        first, second_sum = 0.0, 0.0
         if (SECOND or CELLS) and not OPT.reset_before:
+            state_next = as_type(previous, ACC)
             for tile in tl.static_range(TILES):
-                state_t = previous[tile].to(ACC)
-                state_prev = state_t
-                if MASKED:
-                    state_prev = tl.where(keep[:, None], state_t, tl.zeros_like(state_t))
-                kept = kept_gates(gates, tile, G, SAVE_GATES, ACC)
+                state_prev = zero_rows(state_next[tile:][:1], kept_rows, MASKED)[0]
+                kept = as_type(gates[tile * G :][:G], ACC)
                 made = MADE(kept, state[tile], state_prev, OPT)
                 c = clip(made, OPT.cell_clip)
                 if NORM_C:
-                    c = (c - mean_c[:, None]) * scale_c[:, None]
-                    c = tl.where(masks_n[tile][None, :], c, tl.zeros_like(c))
-                    normal = normal + (c,)
-                    scale = params[tile * PARAMS + OPT.norm_row + G]
-                    c = c * scale + params[tile * PARAMS + OPT.norm_row + G + 1]
+                    normal += zero_columns(((c - mean_c[:, None]) * scale_c[:, None],), one_of(own, tile), 1)
+                    norm_c = params[tile * OPT.params + OPT.norm_row + G :][:2]
+                    c = normal[tile] * norm_c[0] + norm_c[1]
+                dstate_t = dstate[tile]
+                if HAS_DCELLS:
+                    dstate_t += load_tiles(dcells_ptr + row * H, one_of(own, tile), H)[0].to(ACC)
                 if SECOND:
                     if OPT.projected:
                         dh_t = product(
-                            dh_tiles, dh_all_ptr, P, mask_b, second_ptrs, masks_n, H, resident_r, poison, tile, 0,
-                            LOCAL, P, P, BLOCK_B, BLOCK_H, BLOCK_K_R, SPLIT_K, RESIDENT, AHEAD, STAGES,
-                            DOT, ACC, PRECISION,
+                            dh_rows, dh_all_ptr + row * P, P, mask_b, second, poison, tile, 0, PLAN.BLOCK_H, P, H, P,
+                            PLAN.BLOCK_K_R, PLAN,
                         )  # fmt: skip
-                        dnew, dheld = dh_t, tl.zeros_like(dh_t)
+                        dnew = dh_t
                     else:
-                        dh_t = h_gradient(
-                            da, rows_ptr, has_next, column_ptrs, masks_p, resident, poison, masks_h, tile, TILES,
-                            TILES_P, GATES, OPT.masks, D * H, LOCAL, H, P, BLOCK_B, BLOCK_H, BLOCK_K, SPLIT_K, RESIDENT,
-                            AHEAD, STAGES, DOT, ACC, PRECISION,
-                        )  # fmt: skip
+                        dh_t = h_gradient(da, rows_ptr, has_next, weights, poison, masks_h, tile, GATES, OPT, PLAN)
                         dh_t = dy[tile].to(ACC) + dh[tile] + dh_t
-                        dnew, dheld = zone_gradient(dh_t, bits_h[tile] if OPT.random else 0, OPT.zone_h, OPT.random)
+                        dnew, dheld = zone_gradient(dh_t, bits_h[tile], OPT.zone_h, OPT.random)
                     dout, dmade = OUTPUT(dnew, kept, c, OPT)
                     if NORM_C:
-                        dc = dstate_now(dstate[tile], dcells_ptr, hidden[tile], masks[tile], HAS_DCELLS)
-                        dmade += zone_gradient(dc, bits_c[tile] if OPT.random else 0, OPT.zone_state, OPT.random)[0]
+                        dmade += zone_gradient(dstate_t, bits_c[tile], OPT.zone_state, OPT.random)[0]
                         found = (dmade * normal[tile], dmade)
-                        dparams = add_rows(dparams, found, counts, tile, ROWS, OPT.norm_row + G)
-                        dmade = tl.where(masks_n[tile][None, :], dmade * scale, tl.zeros_like(dmade))
+                        dparams = add_rows(dparams, found, counts, tile * ROWS + OPT.norm_row + G)
+                        douts += (dout,)
+                        dmades += zero_columns((dmade * norm_c[0],), one_of(own, tile), 1)
                         if not OPT.projected:
-                            dh_next = dh_next + (tl.where(counts, dheld, dh_t) if MASKED else dheld,)
-                if NORM_C:
-                    if SECOND:
-                        douts = douts + (dout,)
-                        dmades = dmades + (dmade,)
-                else:
-                    slots, dh_direct, dstate_prev, dparams = through_cell(
-                        CELL, dout, dmade, dstate[tile], kept, made, state_prev, extra[tile].to(ACC), params, dparams,
-                        dcells_ptr, hidden[tile], masks[tile], bits_c[tile] if OPT.random else 0, counts, tile,
-                        OPT, HAS_DCELLS, MASKED, ACC,
+                            dh_next += (hold(counts, dheld, dh_t, MASKED),)
+                if not NORM_C:
+                    slots, direct, dstate_prev, dparams = through_cell(
+                        dout, dmade, dstate_t, kept, made, state_prev, extra[tile].to(ACC), params, dparams,
+                        bits_c[tile], counts, tile, CELL, MASKED, OPT,
                     )  # fmt: skip
                     if not OPT.projected:
                         if OPT.zone_h[0] != 0.0:
-                            dh_direct += dheld
-                        if MASKED:
-                            dh_direct = tl.where(counts, dh_direct, dh_t)
-                        dh_next = dh_next + (dh_direct,)
-                    store_planes(slots_ptr, (units[tile],), offs_b, (masks[tile],), slots, 0, OWN_SLOTS, H, D, STORAGE)
-                    da_next = da_next + recurrent_slots(slots, OPT, G, ACC if OPT.norm else STORAGE)
-                    dstate_next = dstate_next + (dstate_prev,)
-                state_next = state_next + (state_t,)
+                            direct += dheld
+                        dh_next += (hold(counts, direct, dh_t, MASKED),)
+                    store_tiles(da_ptr, one_of(own, tile), slots, H, G if OPT.norm else D, D)
+                    da_next += as_type(slots[OPT.h_slot :][:G], ACC if OPT.norm else STORAGE)
+                    dstate_next += (dstate_prev,)
 
-        if NORM_C and SECOND:
-            first, second = own_gradient_sums(dmades, normal)
-            if not LOCAL:
-                send_sums(sums_c, first, second, offs_b, mask_b, member, N_H)
+        if SECOND and NORM_C:
+            first, second_sum = own_gradient_sums(dmades, normal)
             if HANDED_OVER:
-                store_planes(scratch_ptr, units, offs_b, masks, douts, 0, 1, H, G + 2, ACC)
-                store_planes(scratch_ptr, units, offs_b, masks, dmades, 1, 1, H, G + 2, ACC)
-            if SYNC:
-                publish(counter_ptr)
-        if NORM_C and CELLS:
-            if SYNC:
-                ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
-                target += N_H
-                poison = tl.where(ok, 0.0, float("nan"))
+                store_tiles(scratch_ptr, own, douts, H, 1, G + 2)
+            made_ptr = scratch_ptr + H if HANDED_OVER else scratch_ptr
+            send(first, second_sum, sums_c_ptr, dmades, made_ptr, counter_ptr, me, 1, PLAN)
+        if CELLS and NORM_C:
+            target, ok, poison = meet(counter_ptr, target, ok, PLAN)
             if HANDED_OVER:
-                douts = load_planes(scratch_ptr, units, offs_b, masks, 1, H, G + 2)
-                dmades = load_planes(scratch_ptr + H, units, offs_b, masks, 1, H, G + 2)
-            dmades = row_gradients(
-                dmades, normal, scale_c, first, second, sums_c, offs_b, mask_b, poison, H, N_H, CHUNK, LOCAL, ACC
-            )  # fmt: skip
+                douts = load_tiles(scratch_ptr, own, H, 1, G + 2)
+                dmades = load_tiles(scratch_ptr + H, own, H, 1, G + 2)
+            dmades = row_gradients(dmades, normal, scale_c, first, second_sum, sums_c_ptr, me, poison, H, PLAN)
             for tile in tl.static_range(TILES):
-                state_prev = state_next[tile]
-                if MASKED:
-                    state_prev = tl.where(keep[:, None], state_prev, tl.zeros_like(state_prev))
-                kept = kept_gates(gates, tile, G, SAVE_GATES, ACC)
+                state_prev = zero_rows(state_next[tile:][:1], kept_rows, MASKED)[0]
+                kept = as_type(gates[tile * G :][:G], ACC)
+                dstate_t = dstate[tile]
+                if HAS_DCELLS:
+                    dstate_t += load_tiles(dcells_ptr + row * H, one_of(own, tile), H)[0].to(ACC)
                 slots, _, dstate_prev, dparams = through_cell(
-                    CELL, douts[tile], dmades[tile], dstate[tile], kept, MADE(kept, state[tile], state_prev, OPT),
-                    state_prev, extra[tile].to(ACC), params, dparams, dcells_ptr, hidden[tile], masks[tile],
-                    bits_c[tile] if OPT.random else 0, counts, tile, OPT, HAS_DCELLS, MASKED, ACC,
+                    douts[tile], dmades[tile], dstate_t, kept, MADE(kept, state[tile], state_prev, OPT), state_prev,
+                    extra[tile].to(ACC), params, dparams, bits_c[tile], counts, tile, CELL, MASKED, OPT,
                 )  # fmt: skip
-                store_planes(slots_ptr, (units[tile],), offs_b, (masks[tile],), slots, 0, G, H, D, STORAGE)
-                da_next = da_next + recurrent_slots(slots, OPT, G, ACC)
-                dstate_next = dstate_next + (dstate_prev,)
+                store_tiles(da_ptr, one_of(own, tile), slots, H, G, D)
+                da_next += as_type(slots, ACC)
+                dstate_next += (dstate_prev,)
 
-        if OPT.norm and CELLS:
+        if CELLS and OPT.norm:
             # da_next are the gradients by W_hh h[t-1], normalised, scaled and with its bias: tile by tile, G each.
             dnormal = ()
             for tile in tl.static_range(TILES):
-                found = part_of(da_next, tile, G)
-                scaled = ()
-                for gate in tl.static_range(G):
-                    scaled = scaled + (found[gate] * normed[tile * G + gate].to(ACC),)
-                    of_normal = found[gate] * params[tile * PARAMS + OPT.norm_row + gate]
-                    dnormal = dnormal + (tl.where(masks_n[tile][None, :], of_normal, tl.zeros_like(of_normal)),)
-                dparams = add_rows(dparams, scaled, counts, tile, ROWS, OPT.norm_row)
-                dparams = add_rows(dparams, found, counts, tile, ROWS, PARAMS)
-            first, second = own_gradient_sums(dnormal, as_type(normed, ACC))
-            if not LOCAL:
-                send_sums(sums_t, first, second, offs_b, mask_b, member, N_H)
+                found = da_next[tile * G :][:G]
+                scaled = times(found, as_type(normed[tile * G :][:G], ACC))
+                dparams = add_rows(dparams, scaled, counts, tile * ROWS + OPT.norm_row)
+                dparams = add_rows(dparams, found, counts, tile * ROWS + OPT.params)
+                dnormal += times(found, params[tile * OPT.params + OPT.norm_row :][:G])
+            dnormal = zero_columns(dnormal, own, G)
+            first, second_sum = own_gradient_sums(dnormal, as_type(normed, ACC))
+            send(first, second_sum, sums_ptr, dnormal, scratch_ptr, counter_ptr, me, G, PLAN)
+        if OUTPUTS and OPT.norm:
+            target, ok, poison = meet(counter_ptr, target, ok, PLAN)
             if HANDED_OVER:
-                store_planes(scratch_ptr, units, offs_b, masks, dnormal, 0, G, H, G + 2, ACC)
-            if SYNC:
-                publish(counter_ptr)
-        if OPT.norm and OUTPUTS:
-            if SYNC:
-                ok = wait(counter_ptr, target, tl.where(ok, POLLS, 0)) & ok
-                target += N_H
-                poison = tl.where(ok, 0.0, float("nan"))
-            if HANDED_OVER:
-                dnormal = load_planes(scratch_ptr, units, offs_b, masks, G, H, G + 2)
+                dnormal = load_tiles(scratch_ptr, own, H, G, G + 2)
             da_next = row_gradients(
-                dnormal, as_type(normed, ACC), scale_h, first, second, sums_t, offs_b, mask_b, poison,
-                G * H, N_H, CHUNK, LOCAL, ACC,
-            )  # fmt: skip
+                dnormal, as_type(normed, ACC), scale_h, first, second_sum, sums_ptr, me, poison, G * H, PLAN
+            )
             da_next = as_type(da_next, STORAGE)
-            store_planes(slots_ptr, units, offs_b, masks, da_next, H_SLOT, G, H, D, STORAGE)
+            store_tiles(da_ptr + PLAN.H_SLOT * H, own, da_next, H, G, D)
 
         if OUTPUTS and not OPT.reset_before:
-            if LOCAL:
+            if PLAN.LOCAL:
                 # The product walks K, so gate by gate; the loops above ran tile by tile.
                 da = ()
-                for gate in tl.static_range(G):
-                    for tile in tl.static_range(TILES):
-                        da = da + (da_next[tile * G + gate],)
-            if SYNC:
+                for i in tl.static_range(G * TILES):
+                    da += (da_next[i % PLAN.TILES * G + i // PLAN.TILES],)
+                da = zero_rows(da, kept_rows, MASKED)
+            if PLAN.SYNC:
                 publish(counter_ptr)
-            if MASKED:
-                da = zero_rows(da, keep)
         if CELLS and not OPT.reset_before:
-            dstate = dstate_next
-            state = state_next
-            if MASKED:
-                dstate = zero_rows(dstate, keep)
+            dstate, state = zero_rows(dstate_next, kept_rows, MASKED), state_next
         if OWNS_DH:
-            dh = dh_next
-            if MASKED:
-                dh = zero_rows(dh, keep)
-
-        rows_ptr = slots_ptr + H_SLOT * H
-        dy_ptr -= stride_t * P
-        states_ptr -= stride_t * H
-        if HAS_DCELLS:
-            dcells_ptr -= stride_t * H
-        if SAVE_EXTRA:
-            extra_ptr -= stride_t * H
-        if SAVE_GATES:
-            gates_ptr -= stride_t * (G * H)
-        if OPT.projected:
-            dh_all_ptr -= stride_t * P
-        if OPT.norm:
-            normed_ptr -= stride_t * (G * H)
-            stats_ptr -= stride_t * 4
-        if MASKED:
-            steps_ptr -= stride_t
-        slots_ptr -= stride_t * (D * H)
+            dh = zero_rows(dh_next, kept_rows, MASKED)
+        row -= stride_t
 
     if OWNS_DH:
-        store_tiles(dh_ptr + first_b * P, h_own, h_masks, dh)
+        store_tiles(dh_ptr + first_b * P, own_h, dh, P)
     if CELLS and not OPT.reset_before:
-        store_tiles(dstate_ptr + first_b * H, hidden, masks, dstate)
+        store_tiles(dstate_ptr + first_b * H, own, dstate, H)
     if ROWS > 0:
-        store_planes(dparams_ptr + first_b * (ROWS * H), units, offs_b, masks, dparams, 0, ROWS, H, ROWS, ACC)
-    if SYNC:
+        store_tiles(dparams_ptr + first_b * (ROWS * H), own, dparams, H, ROWS, ROWS)
+    if PLAN.SYNC:
         give_up(counter_ptr, error_ptr, ok)

@@ -20,7 +20,7 @@ slots       tuple of D gradients by the pre-activations, in the order in which t
             since only gate n differs between the two.
 dh_direct   the gradient by h[t-1] that does not go through W_hh
 dparams     of each of params, of this step and each row
-OPT         the options (launch.Options)
+OPT         the options (constexprs.Options)
 """
 
 import triton

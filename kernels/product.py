@@ -1,11 +1,22 @@
 """The gate product of one time step: rows of h (or of gate gradients) times this program's columns of W_hh.
 
-K is walked in tiles of BLOCK_K; with SPLIT_K > 1 a tile is [SPLIT_K, ., BLOCK_K / SPLIT_K], a slice of K for each warp.
-Operands are cast to DOT, multiplied as PRECISION says (fp32: tf32 or ieee) and summed in ACC.
+K is walked in tiles of BLOCK_K; with SPLIT_K > 1 a tile is [SPLIT_K, ., BLOCK_K / SPLIT_K], a slice of K for each warp:
+a plain product of 16 rows would be done again by every warp. Operands are cast to PLAN.DOT, multiplied as
+PLAN.PRECISION says (fp32: tf32 or ieee) and summed in PLAN.ACC.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Weights(NamedTuple):
+    """A program's tiles of a matrix [K, .]: pointers to the columns of each, their masks, and what stays on chip."""
+
+    column_ptrs: tuple  # each [N]
+    masks: tuple  # each [N]
+    resident: tuple
 
 
 @triton.jit
@@ -69,6 +80,18 @@ def load_resident(
 
 
 @triton.jit
+def own_weights(
+    column_ptrs, masks, K: tl.constexpr, STRIDE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """The weights whose columns begin there, K of them STRIDE apart; loaded where they stay on chip."""
+    resident = ()
+    if PLAN.RESIDENT:
+        resident = load_resident(column_ptrs, masks, STRIDE, K, SEGMENT, BLOCK_K, PLAN.SPLIT_K)
+    return Weights(column_ptrs, masks, resident)
+
+
+@triton.jit
 def sum_slices(acc, BLOCK_B: tl.constexpr, N: tl.constexpr, SPLIT_K: tl.constexpr):
     """[SPLIT_K, BLOCK_B, N] -> [BLOCK_B, N], by one exchange between the warps.
 
@@ -87,97 +110,54 @@ def sum_slices(acc, BLOCK_B: tl.constexpr, N: tl.constexpr, SPLIT_K: tl.constexp
 
 
 @triton.jit
-def product_from_memory(
-    rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE: tl.constexpr,
-    PART: tl.constexpr,
-    K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """rows [BLOCK_B, K] times tile TILE of the weights [K, N], where the rows are the whole group's, read from memory.
-
-    The weights' rows are those of segment PART, of K each.
-    With SPLIT_K each warp takes a slice of K, since a plain product of 16 rows would be done again by every warp.
-    """
-    MASK_K: tl.constexpr = K % BLOCK_K != 0
-    TILES: tl.constexpr = len(column_ptrs)
-    K_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    if SPLIT_K == 1:
-        acc = tl.full((BLOCK_B, N), 0, ACC) + poison
-    else:
-        acc = tl.full((SPLIT_K, BLOCK_B, N), 0, ACC) + poison
-    row_ptrs, row_k, row_mask = row_tile(rows_ptr, row_stride, mask_b, BLOCK_B, BLOCK_K, SPLIT_K)
-    if RESIDENT:
-        # AHEAD tiles are under way at any time: a barrier stands between two products, and no load passes it.
-        rows = ()
-        for k in tl.static_range(0, min(K, AHEAD * BLOCK_K), BLOCK_K):
-            rows = rows + (load_tile(row_ptrs + k, row_mask, row_k, K - k, MASK_K),)
-        for k in tl.static_range(0, K, BLOCK_K):
-            if k + AHEAD * BLOCK_K < K:
-                ptrs = row_ptrs + (k + AHEAD * BLOCK_K)
-                rows = rows + (load_tile(ptrs, row_mask, row_k, K - k - AHEAD * BLOCK_K, MASK_K),)
-            acc = dot(rows[k // BLOCK_K], resident[(PART * K_TILES + k // BLOCK_K) * TILES + TILE], acc, DOT, PRECISION)
-    else:
-        ptrs, offs_k, mask = weight_tile(column_ptrs[TILE], masks_n[TILE], stride_k, BLOCK_K, SPLIT_K)
-        if PART > 0:
-            ptrs += PART * K * stride_k
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            rows = load_tile(row_ptrs, row_mask, row_k, K - k, MASK_K)
-            weights = load_tile(ptrs, mask, offs_k, K - k, MASK_K)
-            acc = dot(rows, weights, acc, DOT, PRECISION)
-            row_ptrs += BLOCK_K
-            ptrs += BLOCK_K * stride_k
-    if SPLIT_K > 1:
-        acc = sum_slices(acc, BLOCK_B, N, SPLIT_K)
-    return acc
-
-
-@triton.jit
-def product_from_registers(
-    rows, column_ptrs, masks_n, stride_k, resident, TILE: tl.constexpr, PART: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    RESIDENT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The same where the rows are this program's own: a tuple of tiles [BLOCK_B, BLOCK_K], from segment PART on."""
-    TILES: tl.constexpr = len(column_ptrs)
-    K_TILES: tl.constexpr = (SEGMENT + BLOCK_K - 1) // BLOCK_K  # of a segment
-    if SPLIT_K == 1:
-        acc = tl.full((BLOCK_B, N), 0, ACC)
-    else:
-        acc = tl.full((SPLIT_K, BLOCK_B, N), 0, ACC)
-    for k in tl.static_range(len(rows)):
-        if RESIDENT:
-            weights = resident[(PART * K_TILES + k) * TILES + TILE]
-        else:
-            ptrs, offs_k, mask = weight_tile(column_ptrs[TILE], masks_n[TILE], stride_k, BLOCK_K, SPLIT_K)
-            ptrs += ((PART + k // K_TILES) * SEGMENT + k % K_TILES * BLOCK_K) * stride_k
-            weights = load_tile(ptrs, mask, offs_k, SEGMENT - k % K_TILES * BLOCK_K, SEGMENT % BLOCK_K != 0)
-        if SPLIT_K == 1:
-            acc = dot(rows[k], weights, acc, DOT, PRECISION)
-        else:
-            slices = tl.permute(tl.reshape(rows[k], (BLOCK_B, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 0, 2))
-            acc = dot(slices, weights, acc, DOT, PRECISION)
-    if SPLIT_K > 1:
-        acc = sum_slices(acc, BLOCK_B, N, SPLIT_K)
-    return acc
-
-
-@triton.jit
 def product(
-    rows, rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE: tl.constexpr,
-    PART: tl.constexpr,
-    LOCAL: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    rows, rows_ptr, row_stride, mask_b, weights, poison, TILE: tl.constexpr, PART: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Tile TILE of rows times the weights from segment PART on: LOCAL from the program's own rows, else the group's."""
-    if LOCAL:
-        return product_from_registers(
-            rows, column_ptrs, masks_n, stride_k, resident, TILE, PART,
-            SEGMENT, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, DOT, ACC, PRECISION,
-        )  # fmt: skip
+    """rows [BLOCK_B, K] times tile TILE of the weights [., N], from their segment PART on.
+
+    LOCAL: the rows are this program's own, a tuple of tiles. Else the whole group's, read from memory.
+    """
+    SPLIT_K: tl.constexpr = PLAN.SPLIT_K
+    IN_SEGMENT: tl.constexpr = (SEGMENT + BLOCK_K - 1) // BLOCK_K  # K tiles
+    K_TILES: tl.constexpr = len(rows) if PLAN.LOCAL else (K + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = len(weights.column_ptrs)
+    MASK_K: tl.constexpr = SEGMENT % BLOCK_K != 0
+    if SPLIT_K == 1:
+        acc = tl.full((PLAN.BLOCK_B, N), 0, PLAN.ACC) + poison
     else:
-        return product_from_memory(
-            rows_ptr, row_stride, mask_b, column_ptrs, masks_n, stride_k, resident, poison, TILE,
-            PART, K, BLOCK_B, N, BLOCK_K, SPLIT_K, RESIDENT, AHEAD, STAGES, DOT, ACC, PRECISION,
-        )  # fmt: skip
+        acc = tl.full((SPLIT_K, PLAN.BLOCK_B, N), 0, PLAN.ACC) + poison
+    if not PLAN.LOCAL:
+        row_ptrs, row_k, row_mask = row_tile(rows_ptr, row_stride, mask_b, PLAN.BLOCK_B, BLOCK_K, SPLIT_K)
+    if not PLAN.RESIDENT:
+        ptrs, offs_k, mask = weight_tile(weights.column_ptrs[TILE], weights.masks[TILE], STRIDE, BLOCK_K, SPLIT_K)
+        ptrs += PART * SEGMENT * STRIDE
+    if PLAN.LOCAL or PLAN.RESIDENT:
+        # AHEAD tiles are under way at any time: a barrier stands between two products, and no load passes it.
+        if not PLAN.LOCAL:
+            rows = ()
+            for k in tl.static_range(min(K_TILES, PLAN.AHEAD)):
+                rows = rows + (load_tile(row_ptrs + k * BLOCK_K, row_mask, row_k, K - k * BLOCK_K, MASK_K),)
+        for k in tl.static_range(K_TILES):
+            if not PLAN.LOCAL and k + PLAN.AHEAD < K_TILES:
+                next_k = (k + PLAN.AHEAD) * BLOCK_K
+                rows = rows + (load_tile(row_ptrs + next_k, row_mask, row_k, K - next_k, MASK_K),)
+            if PLAN.RESIDENT:
+                columns = weights.resident[(PART * IN_SEGMENT + k) * TILES + TILE]
+            else:
+                in_segment = k % IN_SEGMENT * BLOCK_K
+                at = k // IN_SEGMENT * SEGMENT + in_segment
+                columns = load_tile(ptrs + at * STRIDE, mask, offs_k, SEGMENT - in_segment, MASK_K)
+            row = rows[k]
+            if PLAN.LOCAL and SPLIT_K > 1:
+                row = tl.permute(tl.reshape(row, (PLAN.BLOCK_B, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 0, 2))
+            acc = dot(row, columns, acc, PLAN.DOT, PLAN.PRECISION)
+    else:
+        for k in tl.range(0, K, BLOCK_K, num_stages=PLAN.STAGES):
+            row = load_tile(row_ptrs, row_mask, row_k, K - k, MASK_K)
+            acc = dot(row, load_tile(ptrs, mask, offs_k, K - k, MASK_K), acc, PLAN.DOT, PLAN.PRECISION)
+            row_ptrs += BLOCK_K
+            ptrs += BLOCK_K * STRIDE
+    if SPLIT_K > 1:
+        acc = sum_slices(acc, PLAN.BLOCK_B, N, SPLIT_K)
+    return acc

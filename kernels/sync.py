@@ -35,6 +35,20 @@ def wait(counter_ptr, target, polls):
 
 
 @triton.jit
+def meet(counter_ptr, target, ok, PLAN: tl.constexpr):
+    """Wait until the whole group has published once more, where programs do wait.
+
+    Returns what to wait for next time, whether all went well, and NaN if not, which poisons what is computed from then.
+    """
+    poison = 0.0
+    if PLAN.SYNC:
+        target += PLAN.N_H
+        ok = wait(counter_ptr, target - PLAN.N_H, tl.where(ok, PLAN.POLLS, 0)) & ok
+        poison = tl.where(ok, 0.0, float("nan"))
+    return target, ok, poison
+
+
+@triton.jit
 def give_up(counter_ptr, error_ptr, ok):
     """After a wait that ran out: tell the host, and let the rest of the group through, to give up as well."""
     tl.atomic_max(counter_ptr, RELEASED, mask=ok == 0, sem="release", scope="gpu")

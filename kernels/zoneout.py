@@ -18,6 +18,19 @@ def draw(seed, t, rows, units):
 
 
 @triton.jit
+def draw_tiles(seed, t, first_b, own, RANDOM: tl.constexpr):
+    """The same for each tile that a program owns, all those for h and all those for c."""
+    for_h, for_c = (), ()
+    for tile in tl.static_range(len(own.columns)):
+        if RANDOM:
+            of_h, of_c = draw(seed, t, first_b + own.rows, own.columns[tile])
+            for_h, for_c = for_h + (of_h,), for_c + (of_c,)
+        else:
+            for_h, for_c = for_h + (0,), for_c + (0,)
+    return for_h, for_c
+
+
+@triton.jit
 def zone(new, old, bits, ZONE: tl.constexpr, RANDOM: tl.constexpr):
     """`old` with probability ZONE[0] (ZONE[1] of 2^24), else `new`; or the mean of that."""
     if ZONE[0] == 0.0:

@@ -13,6 +13,7 @@ What is kept for backward: the inputs, which exist anyway, and beside them
     LSTM   y, c and the gates: 6 numbers a step and unit; with memory="recompute" y and c: 2
     GRU    y, the gates and W_hn h[t-1] + b_hn: 5; with memory="recompute" y: 1
     RNN    y: 1; with zoneout, layer norm, or an activation whose value does not tell its derivative, the gate: 2
+    others (registry.py)    y, and of the gates, c and one tile more what their backward reads
     layer norm    the normalised recurrent product too: G more, none with memory="recompute"
 and where `steps` are given h, in which the steps that do not count hold their state, instead of y.
 """

@@ -1,5 +1,7 @@
 """lstm(), gru(), rnn(): one layer, one direction, as functions of tensors. And plan(): what they would run.
 
+The functions of registered cells (registry.py) are attributes of this module too.
+
 Where they run: CUDA tensors on the kernels; CPU tensors on torch's own layers where these have the cell and on
 `reference` otherwise (engine="auto", see host.py), or on the kernels too where Triton interprets them
 (TRITON_INTERPRET=1). engine="reference" is eager PyTorch anywhere.
@@ -8,7 +10,7 @@ Where they run: CUDA tensors on the kernels; CPU tensors on torch's own layers w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from .devices import device_named
 from .planner import DTYPES, ENGINES, check_tile, make_plan
 from .plans import LaunchPlan
 from .reference import check_memory, step_masks
-from .spec import EPSILON, RESET, VALID, Activation, CellSpec
+from .spec import EPSILON, GATES, KINDS, RESET, VALID, Activation, CellSpec
 
 #: Weight and bias of one layer normalisation.
 Norm = tuple[Tensor, Tensor]
@@ -58,6 +60,7 @@ class Tensors(NamedTuple):
     mask: Tensor | None = None
     reset: Tensor | None = None
     seed: Tensor | None = None
+    params: Tensor | None = None  # of a registered cell
 
 
 class Settings(NamedTuple):
@@ -197,11 +200,51 @@ def rnn(
     return _run("rnn", tensors, Settings(options, reverse, memory, engine, tile))[:2]
 
 
-_FUNCTIONS = {"lstm": lstm, "gru": gru, "rnn": rnn}
+def function_of(cell: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of a registered cell, which `plan` then knows too."""
+
+    def without_c(
+        x: Tensor, h0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None = None, b_hh: Tensor | None = None, *, params: Tensor | None = None,
+        input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None, norm_ih: Norm | None = None,
+        norm_hh: Norm | None = None, zoneout: float = 0, seed: Tensor | None = None, lengths: Tensor | None = None,
+        mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False,
+        memory: str = "store", engine: str = "auto", tile: tuple[int, int] | None = None, **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        tensors = Tensors(
+            x, h0, None, w_ih, w_hh, b_ih, b_hh, norm_ih=norm_ih, norm_hh=norm_hh, input_mask=input_mask,
+            recurrent_mask=recurrent_mask, lengths=lengths, mask=mask, reset=reset, seed=seed, params=params,
+        )  # fmt: skip
+        reference.check_options(cell, options)
+        settings = Settings(options | {"zoneout": zoneout}, reverse, memory, engine, tile)
+        return _run(cell, tensors, settings)[:2]
+
+    def with_c(
+        x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None = None, b_hh: Tensor | None = None, *, params: Tensor | None = None,
+        input_mask: Tensor | None = None, recurrent_mask: Tensor | None = None,
+        zoneout: float | tuple[float, float] = 0, seed: Tensor | None = None, lengths: Tensor | None = None,
+        mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False, return_cells: bool = False,
+        memory: str = "store", engine: str = "auto", tile: tuple[int, int] | None = None, **options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        tensors = Tensors(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, input_mask=input_mask, recurrent_mask=recurrent_mask, lengths=lengths,
+            mask=mask, reset=reset, seed=seed, params=params,
+        )  # fmt: skip
+        reference.check_options(cell, options)
+        settings = Settings(options | {"zoneout": zoneout}, reverse, memory, engine, tile, return_cells)
+        outputs = _run(cell, tensors, settings)
+        return outputs if return_cells else outputs[:3]
+
+    _FUNCTIONS[cell] = reference.named(cell, with_c if KINDS[cell].has_c else without_c)
+    return _FUNCTIONS[cell]
+
+
+_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"lstm": lstm, "gru": gru, "rnn": rnn}
 
 
 def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> LaunchPlan:
-    """The LaunchPlan that lstm(), gru() or rnn() would use for the same arguments; nothing runs, meta tensors do.
+    """The LaunchPlan that the cell's function would use for the same arguments; nothing runs, meta tensors do.
 
     target names a GPU that need not be there ("H200", "A100", "sm_90", ...); without it the plan is for the tensors'
     own device, and ValueError is raised where no kernel would run on it.
@@ -212,10 +255,13 @@ def plan(cell: str, *args: Any, target: str | None = None, **kwargs: Any) -> Lau
     bound.apply_defaults()
     given = bound.arguments
     tensors = Tensors(*(given.pop(name, None) for name in Tensors._fields))
+    options = given.pop("options", {})
     called = {name: given.pop(name) for name in Settings._fields if name in given}
-    settings = Settings(options=given, **called)
+    settings = Settings(options=given | options, **called)
     if _autocasts(tensors.x):
         tensors = _autocast(tensors)
+    if cell not in GATES:
+        reference.check_options(cell, options)
     spec = _as_run(_check(cell, tensors, settings), tensors)
     x, engine, tile = tensors.x, settings.engine, settings.tile
     T, B, _ = x.shape
@@ -251,7 +297,7 @@ def _run(cell: str, tensors: Tensors, settings: Settings) -> tuple[Tensor, ...]:
     h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = tensors[1:8]
     H = w_ih.shape[0] // spec.gates
     h0 = x.new_zeros(x.shape[1], spec.output(H)) if h0 is None else h0
-    if cell == "lstm":
+    if spec.has_c:
         c0 = x.new_zeros(x.shape[1], H) if c0 is None else c0
     lengths, mask, reset = tensors.lengths, tensors.mask, tensors.reset
     on_kernels = on_kernels and 0 not in x.shape[:2]
@@ -285,7 +331,7 @@ def _reference(cell: str, tensors: Tensors, settings: Settings) -> tuple[Tensor,
     given = {name: tensor for name, tensor in tensors._asdict().items() if tensor is not None}
     options = settings.options | {"reverse": settings.reverse}
     states: dict[str, None] = {"h0": None}
-    if cell == "lstm":
+    if KINDS[cell].has_c:
         options["return_cells"] = settings.return_cells
         states["c0"] = None
     outputs = getattr(reference, cell)(**(states | given | options))
@@ -325,7 +371,7 @@ def _input_part(spec: CellSpec, tensors: Tensors) -> tuple[Tensor, Tensor | None
 
 def _params(spec: CellSpec, tensors: Tensors, H: int) -> Tensor | None:
     """[K, H]: what spec.rows names, None where that is nothing."""
-    rows = [] if tensors.peephole is None else [tensors.peephole]
+    rows = [vectors for vectors in (tensors.peephole, tensors.params) if vectors is not None]
     if spec.layer_norm:
         rows.append(tensors.norm_hh[0].view(-1, H))
         rows += [] if tensors.norm_c is None else [row[None] for row in tensors.norm_c]
@@ -402,6 +448,10 @@ def _check(cell: str, tensors: Tensors, settings: Settings) -> CellSpec:
     T, B, I = x.shape  # noqa: E741
     own = spec.parameters(I, H)
     wanted = {"w_hh": own["w_hh"], **own, **spec.state_shapes(B, H), "lengths": (B,), "mask": (T, B), "reset": (T, B)}
+    if tensors.params is None and "params" in own:
+        raise TypeError(f"params must be a Tensor {own['params']}, rows {', '.join(spec.vectors)}, got None")
+    if tensors.params is not None and "params" not in own:
+        raise TypeError(f"params is of cells registered with vectors, which {cell!r} was not")
     given = [(name, tensor, shape) for name, shape in wanted.items() if (tensor := getattr(tensors, name)) is not None]
     given += [(name, tensor, (H if name.startswith("norm_c") else G * H,)) for name, tensor in norms.items()]
     others: dict[str, tuple[int, ...]] = {}
@@ -464,7 +514,7 @@ _DTYPES = {"mask": torch.bool, "reset": torch.bool, "seed": torch.int64}
 
 def _norms(cell: str, tensors: Tensors) -> dict[str, Any]:
     """Weights and biases of layer normalisation, by name for errors, which has to be there as a whole or not at all."""
-    names = ("norm_ih", "norm_hh", "norm_c") if cell == "lstm" else ("norm_ih", "norm_hh")
+    names = ("norm_ih", "norm_hh", "norm_c") if KINDS[cell].has_c else ("norm_ih", "norm_hh")
     given = [name for name in names if getattr(tensors, name) is not None]
     if not given:
         return {}

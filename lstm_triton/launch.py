@@ -1,4 +1,4 @@
-"""Allocate and launch: from a LaunchPlan and tensors to the two sequence kernels. The only importer of the kernels."""
+"""Allocate and launch: from a LaunchPlan and tensors to the two sequence kernels."""
 
 from __future__ import annotations
 
@@ -11,138 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
+from .constexprs import INTERPRETED, TRITON_DTYPES, Options, accumulator, constexprs_of, parts, saves, slots
 from .devices import INTERPRETER, Device, device_like
-from .kernels import cells, sync
+from .kernels import sync
 from .kernels.backward import sequence_backward
 from .kernels.forward import sequence_forward
 from .plans import KernelPlan, LaunchPlan
-from .spec import EPSILON, Activation, CellSpec, activation_of
-
-#: True where TRITON_INTERPRET=1 was set when triton was imported: kernels run on the CPU, one program after another.
-INTERPRETED = isinstance(sequence_forward, InterpretedFunction)
-
-#: How often a program looks for a missing tile before it gives up: some ten seconds on a GPU, some seconds interpreted.
-POLLS = 1 << 14 if INTERPRETED else 1 << 24
 
 #: Triton's interpreter keeps its state in module globals; a GPU needs no such lock.
 _one_at_a_time: AbstractContextManager = threading.Lock() if INTERPRETED else contextlib.nullcontext()
 
 #: Triton from 3.7 on states an (empty) attribute for every constant of a kernel, before that for strings alone.
 _STATES_CONSTANTS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
-
-
-class Options(NamedTuple):
-    """OPT of the kernels: what a cell's functions and the sequence kernels have to know of a CellSpec."""
-
-    has_c: bool  # a cell state beside h
-    # Of the candidate, the gates, and the LSTM's c: (name, alpha, beta, is a gate kept by its value). Tuples are
-    # constexpr here already, for Triton 3.6, which takes others apart where a function hands them on.
-    activation: tl.constexpr
-    recurrent: tl.constexpr
-    output: tl.constexpr
-    g: int  # where the LSTM's gate g stands; o comes after it
-    peephole: bool
-    coupled: bool
-    cell_clip: float | None
-    gate_clip: float | None
-    projected: bool
-    reset_before: bool
-    two_products: bool  # either of these two
-    keep_gates: bool  # gates are kept at all
-    remake_cell: bool  # backward computes c[t] again, since the state is something else
-    norm: bool
-    norm_row: int  # the first row of params that is layer normalisation's
-    epsilon: float
-    params: int  # rows of params
-    dparams: int  # of which there are gradients; with norm, those by b_hh come after
-    masks: int  # by which h[t-1] is multiplied: none, one, or one a gate
-    zone_h: tl.constexpr  # (zoneout's probability, and of 2^24)
-    zone_state: tl.constexpr  # of the state: c, or h
-    random: bool  # zoneout draws; else it takes the mean
-    h_slot: int  # of a cell's slots the first of those by the recurrent product
-
-
-class _Cell(NamedTuple):
-    """A cell's functions, see kernels/cells.py."""
-
-    forward: Any
-    output: Any
-    backward_output: Any
-    candidate: Any
-    backward: Any
-
-
-_CELLS = {
-    "lstm": _Cell(
-        cells.lstm_forward, cells.lstm_output, cells.lstm_backward_output, cells.lstm_candidate, cells.lstm_backward
-    ),
-    "gru": _Cell(
-        cells.gru_forward, cells.same_output, cells.same_backward_output, cells.same_candidate, cells.gru_backward
-    ),
-    "rnn": _Cell(
-        cells.rnn_forward, cells.same_output, cells.same_backward_output, cells.same_candidate, cells.rnn_backward
-    ),
-}
-_TRITON_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-def slots(spec: CellSpec) -> tuple[int, int]:
-    """D and the first recurrent slot: the layout of what `backward` returns."""
-    if spec.layer_norm:  # those by the recurrent product go through the normalisation
-        return 2 * spec.gates, spec.gates
-    return (4, 1) if spec.cell == "gru" and spec.reset_after else (spec.gates, 0)
-
-
-def saves(spec: CellSpec) -> tuple[bool, bool]:
-    """Whether training keeps the gates [T, B, G*H] and the extra tile [T, B, H]."""
-    variant = spec.keeps_preactivations or spec.gate_clip is not None or spec.layer_norm or spec.zoneout[0] > 0
-    gates = spec.cell != "rnn" or variant
-    return gates, spec.cell == "lstm" or (spec.cell == "gru" and spec.reset_after)
-
-
-def options(spec: CellSpec, masks: int, random: bool) -> Options:
-    """What the kernels are told. masks: by how many h[t-1] is multiplied. random: zoneout has a seed."""
-    lstm, rows = spec.cell == "lstm", len(spec.rows)
-    zone_h, zone_c = (tl.constexpr((p, round(p * 2**24))) for p in spec.zoneout)
-
-    def of_gate(activation: Activation) -> tl.constexpr:
-        return tl.constexpr((*activation_of(activation), spec.keeps_value(activation)))
-
-    return Options(
-        has_c=lstm,
-        activation=of_gate(spec.activation),
-        recurrent=of_gate(spec.recurrent_activation),
-        output=of_gate(spec.output_phi),
-        g=1 if spec.coupled else 2,
-        peephole=spec.peephole,
-        coupled=spec.coupled,
-        cell_clip=spec.cell_clip,
-        gate_clip=spec.gate_clip,
-        projected=spec.proj > 0,
-        reset_before=not spec.reset_after,
-        two_products=spec.two_products,
-        keep_gates=saves(spec)[0],
-        remake_cell=spec.remakes_cell,
-        norm=spec.layer_norm,
-        norm_row=len(spec.peepholes),
-        epsilon=EPSILON,
-        params=rows,
-        dparams=rows + spec.gates * spec.layer_norm,
-        masks=masks,
-        zone_h=zone_h,
-        zone_state=zone_c if lstm else zone_h,
-        random=random and spec.zoneout != (0.0, 0.0),
-        h_slot=1 if spec.cell == "gru" and spec.reset_after else 0,
-    )
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -215,7 +97,7 @@ def forward(
     _, save_extra = saves(spec)
     save_extra = (training and save_extra) or (save_states and c0 is not None)
     save_norm = training and spec.layer_norm
-    high = _accumulator(gates.dtype)
+    high = accumulator(gates.dtype)
     h = gates.new_empty(T, B, w_hh.shape[1])
     extra = gates.new_empty(T, B, plan.H) if save_extra else None
     rows = gates.new_empty(T, B, plan.H) if spec.two_products else None
@@ -224,7 +106,7 @@ def forward(
     # A copy even where the dtype fits: the kernel updates it.
     state = (h0 if c0 is None else c0).to(high, memory_format=torch.contiguous_format, copy=True)
     flags = {"REVERSE": reverse, "MASKED": steps is not None, "SAVE_EXTRA": save_extra}
-    constants = _constants(plan, kernel, training, seed is not None) | flags
+    constants = constexprs_of(plan, kernel, training, seed is not None) | flags
     tensors = (
         gates, w_hh, b_hh, w_hr, params, mask, steps, seed if constants["OPT"].random else None, h0, h, state, extra,
         rows, _dropped(plan, h, h0, mask, reverse), normed, stats, *_exchange(plan, kernel, gates),
@@ -272,7 +154,7 @@ def backward(
     da = dy.new_empty(T, B, slots(plan.spec)[0] * plan.H)
     dh_all = None if w_hr is None else dy.new_empty(dy.shape)
     flags = {"REVERSE": reverse, "MASKED": steps is not None, "HAS_DCELLS": dcells is not None}
-    constants = _constants(plan, kernel, True, seed is not None) | flags
+    constants = constexprs_of(plan, kernel, True, seed is not None) | flags
     tensors = (
         dy, dcells, gates, states, state0, extra, normed, stats, w_hh, w_hr, params, mask, steps,
         seed if constants["OPT"].random else None, da, dh_all, dh_n, dstate_n, dparams, *_exchange(plan, kernel, dy),
@@ -299,8 +181,8 @@ def _exchange(plan: LaunchPlan, kernel: KernelPlan, like: Tensor) -> tuple[Tenso
     """Where programs send one another the sums of a row, and a launch leaves tiles for the next one."""
     if not plan.spec.layer_norm or kernel.engine == "local":
         return None, None
-    B, high = like.shape[1], _accumulator(like.dtype)
-    sums = like.new_empty(4, B, kernel.n_h, 2, dtype=high)
+    B, high = like.shape[1], accumulator(like.dtype)
+    sums = like.new_empty(2, B, kernel.n_h, 2, dtype=high)
     handed_over = kernel.engine == "step"
     return sums, like.new_empty(B, (plan.spec.gates + 2) * plan.H, dtype=high) if handed_over else None
 
@@ -324,19 +206,19 @@ def compile_ahead(
     """
     kernel_plan: KernelPlan = getattr(plan, direction)
     kernel = sequence_forward if direction == "forward" else sequence_backward
-    constants = _constants(plan, kernel_plan, training, random) | {"REVERSE": reverse, "MASKED": masked}
+    constants = constexprs_of(plan, kernel_plan, training, random) | {"REVERSE": reverse, "MASKED": masked}
     if direction == "forward":
         constants["SAVE_EXTRA"] |= cells
     else:
         constants["HAS_DCELLS"] = cells
     opt: Options = constants["OPT"]
-    high = str(_TRITON_DTYPES[_accumulator(plan.dtype)])
+    high = str(TRITON_DTYPES[accumulator(plan.dtype)])
     types = {"counter_ptr": "i32", "error_ptr": "i32", "steps_ptr": "u8", "seed_ptr": "i64"}
     in_high = ("state_ptr", "dh_ptr", "dstate_ptr", "stats_ptr", "sums_ptr", "scratch_ptr", "dparams_ptr")
     types |= dict.fromkeys(in_high, high)
-    types = {name: types.get(name, str(_TRITON_DTYPES[plan.dtype])) for name in kernel.arg_names}
+    types = {name: types.get(name, str(TRITON_DTYPES[plan.dtype])) for name in kernel.arg_names}
     forward = direction == "forward"
-    local, saved = constants["LOCAL"], constants["SAVE_GATES"] or not forward
+    local, saved = constants["PLAN"].LOCAL, constants["SAVE_GATES"] or not forward
     absent = {
         "b_hh_ptr": forward and not constants["HAS_BIAS"],
         "w_hr_ptr": not opt.projected,
@@ -355,8 +237,8 @@ def compile_ahead(
         "dcells_ptr": not forward and not constants["HAS_DCELLS"],
         "extra_ptr": not constants["SAVE_EXTRA"],
         "gates_ptr": not forward and not constants["SAVE_GATES"],
-        "counter_ptr": not constants["SYNC"],
-        "error_ptr": not constants["SYNC"],
+        "counter_ptr": not constants["PLAN"].SYNC,
+        "error_ptr": not constants["PLAN"].SYNC,
     }
     constants |= dict.fromkeys(name for name in kernel.arg_names if absent.get(name))
     constants |= parts(kernel_plan, opt)[part]
@@ -389,48 +271,6 @@ def compile_kernel(
     return triton.compile(source, target=target, options=dict(options))
 
 
-def _constants(plan: LaunchPlan, kernel: KernelPlan, training: bool, random: bool = False) -> dict[str, Any]:
-    """The kernel's constexpr arguments, apart from those of one call: REVERSE, MASKED and the like."""
-    spec = plan.spec
-    cell = _CELLS[spec.cell]
-    save_gates, save_extra = saves(spec)
-    storage = _TRITON_DTYPES[plan.dtype]
-    constants: dict[str, Any] = {
-        "OPT": options(spec, plan.masks, random),
-        "G": spec.gates,
-        "H": plan.H,
-        "P": spec.output(plan.H),
-        "BLOCK_B": kernel.block_b,
-        "BLOCK_H": kernel.block_h,
-        "TILES": kernel.tiles,
-        "TILES_P": kernel.tiles_p,
-        "N_H": kernel.n_h,
-        "CHUNK": min(16, 1 << (kernel.n_h - 1).bit_length()),
-        "BLOCK_K": kernel.block_k,
-        "BLOCK_K_R": kernel.block_k_r,
-        "SPLIT_K": kernel.split_k,
-        "AHEAD": kernel.ahead,
-        "STAGES": kernel.stages,
-        "LOCAL": kernel.engine == "local",
-        "SYNC": kernel.synchronised,
-        "RESIDENT": kernel.resident,
-        "SAVE_GATES": training and save_gates,
-        "SAVE_EXTRA": training and save_extra,
-        # bf16 arithmetic is broken in the interpreter: multiply in fp32 there, which is exact for bf16 operands.
-        "DOT": tl.float32 if INTERPRETED and storage == tl.bfloat16 else storage,
-        "ACC": _TRITON_DTYPES[_accumulator(plan.dtype)],
-        "PRECISION": plan.precision,
-        "POLLS": POLLS,
-    }
-    if kernel.direction == "forward":
-        lanes = 1 << (spec.gates - (0 if spec.reset_after else 1) - 1).bit_length()
-        functions = {"CELL": cell.forward, "OUTPUT": cell.output}
-        return constants | functions | {"LANES": lanes, "HAS_BIAS": spec.bias}
-    D, h_slot = slots(spec)
-    functions = {"CELL": cell.backward, "OUTPUT": cell.backward_output, "MADE": cell.candidate}
-    return constants | functions | {"D": D, "H_SLOT": h_slot}
-
-
 def _options(kernel: KernelPlan) -> dict[str, Any]:
     # Cooperative: an oversized grid of waiting programs is refused by the driver instead of never ending.
     # maxnreg: without it the assembler spills a little to fit more programs on an SM than are ever launched.
@@ -442,34 +282,12 @@ def _options(kernel: KernelPlan) -> dict[str, Any]:
     }
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _launches(kernel: KernelPlan, T: int) -> Iterator[tuple[int, int]]:
     """First step and number of steps of each launch, in the order in which they run: all at once, or one by one."""
     if kernel.engine == "step":
         yield from ((step, 1) for step in range(T))
     else:
         yield 0, T
-
-
-def parts(plan: KernelPlan, opt: Options) -> list[dict[str, bool]]:
-    """Which parts of a step each launch does: all in one, but where programs cannot wait between two of them."""
-    names = ("PRODUCT", "CELLS", "OUTPUTS", "SECOND")
-    if plan.engine != "step":
-        launches = [names]
-    elif plan.direction == "forward":
-        launches = [["PRODUCT"]]
-        for name, apart in (("CELLS", opt.norm), ("OUTPUTS", opt.norm and opt.has_c), ("SECOND", opt.two_products)):
-            launches += [[]] if apart else []
-            launches[-1].append(name)
-    else:
-        launches = [["PRODUCT"]]
-        for name, apart in (("SECOND", opt.two_products), ("CELLS", opt.norm and opt.has_c), ("OUTPUTS", opt.norm)):
-            launches += [[]] if apart else []
-            launches[-1].append(name)
-    return [{name: name in launch for name in names} for launch in launches]
 
 
 def _run(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import launch
+from . import constexprs, launch
 from .planner import make_plan
 from .plans import LaunchPlan
 from .products import (
@@ -122,17 +122,17 @@ def results_of(
     """What `forward` returns, from what lstm_triton::forward does, or the gradients by it from those by that."""
     y, h_n, c_n, cells, gates, extra, normed, stats, h = results
     spec = run.spec
-    lstm, store = spec.cell == "lstm", training and run.memory == "store"
+    store = training and run.memory == "store"
     if run.return_cells and steps is None:
         cells, extra = extra, None
-    save_gates, save_extra = launch.saves(spec)
+    save_gates, save_extra = constexprs.saves(spec)
     return (
         y,
         h_n,
-        c_n if lstm else None,
+        c_n if spec.has_c else None,
         cells if run.return_cells else None,
         gates if store and save_gates else None,
-        extra if training and (lstm or (store and save_extra)) else None,
+        extra if training and (spec.has_c or (store and save_extra)) else None,
         normed if store and spec.layer_norm else None,
         stats if store and spec.layer_norm else None,
         h if training and steps is not None else None,
@@ -164,7 +164,7 @@ def gradients(
     dx = input_gradient(spec, da, w_ih) if needs[0] else None
     weights = weight_gradients(
         spec, run.reverse, needs[WEIGHTS], samples, da, dh_all if w_hr is not None else None,
-        dparams if launch.options(spec, 0, False).dparams else None, x, h, h0, c0, steps,
+        dparams if constexprs.options(spec, 0, False).dparams else None, x, h, h0, c0, steps,
         Kept(gates, extra, normed, stats), Weights(*tensors[WEIGHTS]),
     )  # fmt: skip
     return [dx, dh0 if needs[1] else None, dc0 if needs[2] else None, *weights]
@@ -204,7 +204,7 @@ def _forward(
         mask=_planes(recurrent_mask), steps=_aligned(steps), seed=_aligned(seed), reverse=reverse,
         training=keep, save_states=training or return_cells,
     )  # fmt: skip
-    save_gates, _ = launch.saves(spec)
+    save_gates, _ = constexprs.saves(spec)
     skips = steps is not None
     results = (
         masked(h, steps),
@@ -228,7 +228,7 @@ def _fake_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     T, B, _ = x.shape
     spec = CellSpec.parse(cell)
-    save_gates, save_extra = launch.saves(spec)
+    save_gates, save_extra = constexprs.saves(spec)
     keep, skips = training and memory == "store", steps is not None
     extra = (keep and save_extra) or (c0 is not None and (training or (return_cells and not skips)))
     rows, units = w_hh.shape[0], w_hh.shape[0] // spec.gates
@@ -255,7 +255,7 @@ def _backward(
     c0: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, params: Tensor | None, recurrent_mask: Tensor | None,
     steps: Tensor | None, seed: Tensor | None, cell: str, reverse: bool, engine: str, tile: list[int], bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> da [T, B, D*H] by the pre-activations (launch.slots), dh0, dc0 (empty without c0), dh_all [T, B, P] by the
+    """-> da [T, B, D*H] by the pre-activations (constexprs.slots), dh0, dc0 (empty without c0), dh_all [T, B, P] by the
     projected h (empty without w_hr), and dparams [B, options.dparams, H] by params and, normalised, b_hh, in the
     accumulator's dtype (or empty).
     """
@@ -286,9 +286,9 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     T, B, P = h.shape
     spec = CellSpec.parse(cell)
-    D, _ = launch.slots(spec)
+    D, _ = constexprs.slots(spec)
     H = w_hh.shape[0] // spec.gates
-    rows = launch.options(spec, 0, False).dparams
+    rows = constexprs.options(spec, 0, False).dparams
     return (
         h.new_empty(T, B, D * H),
         h.new_empty(h0.shape),
@@ -339,7 +339,8 @@ def _backward_recompute(
         h_first = h0 if given else h[before]
         c_first = None if c0 is None else c0 if given else extra[before]
         c_before = None if c0 is None or spec.plain else previous(extra_t, c_first, steps_t, reverse)
-        kept = remade(spec, x_t, previous(h_t, h_first, steps_t, reverse), extra_t, c_before, weights)
+        again = _kept_again if spec.registered else remade
+        kept = again(spec, x_t, previous(h_t, h_first, steps_t, reverse), extra_t, c_before, weights)
         da, dh, dstate, dh_all = _walk_back(
             plan, reverse, dy_t, dh, dstate, dparams, dcells_t, kept, h_t, h_first,
             h_first if c0 is None else c_first, weights, w_hh.to(high), steps_t, seed, start,
@@ -376,6 +377,29 @@ def _fake_backward_recompute(
     return *rows, *of_weights, h.new_empty(recurrent_mask.shape if needs[9] else 0)
 
 
+def _kept_again(
+    spec: CellSpec, x: Tensor, h_before: Tensor, c: Tensor | None, c_before: Tensor | None, weights: Weights
+) -> Kept:
+    """As products.remade, where the cell's device functions alone tell what forward keeps.
+
+    One step of the forward kernel, of which all these steps are rows: x [T, B, any] -> [1, T*B, any].
+    """
+    T, B, P = h_before.shape
+    if weights.w_ih is None:
+        gates = x.clone(memory_format=torch.contiguous_format)
+    else:
+        gates = linear(x, weights.w_ih, weights.b_ih)
+    gates, masks = gates.view(1, T * B, -1), _planes(weights.mask)
+    plan = plan_for(spec, gates, weights.w_hh.shape[0] // spec.gates, "step", None, masks_of(weights.mask))
+    made = launch.forward(
+        plan, gates, _aligned(weights.w_hh), _aligned(weights.b_hh), _aligned(h_before.reshape(T * B, P)),
+        None if c_before is None else c_before.reshape(T * B, -1), params=_aligned(weights.params),
+        mask=None if masks is None else masks.repeat(1, T, 1), reverse=False, training=True,
+    )  # fmt: skip
+    extra = made.extra if c is None else c
+    return Kept(*(None if t is None else t.view(T, B, -1) for t in (gates, extra, made.normed, made.stats)))
+
+
 def _walk_back(
     plan: LaunchPlan, reverse: bool, dy: Tensor | None, dh: Tensor, dstate: Tensor, dparams: Tensor | None,
     dcells: Tensor | None, kept: Kept, h: Tensor, h0: Tensor, state0: Tensor, weights: Weights, carry: Tensor,
@@ -388,7 +412,7 @@ def _walk_back(
     anyway. first_step: where the steps begin in the sequence.
     """
     spec = plan.spec
-    save_gates, save_extra = launch.saves(spec)
+    save_gates, save_extra = constexprs.saves(spec)
     steps = _aligned(steps)
     da, dh, dstate, dh_all = launch.backward(
         plan,
@@ -397,7 +421,7 @@ def _walk_back(
         dstate,
         dparams,
         _aligned(kept.gates) if save_gates else None,
-        _aligned(kept.extra) if spec.cell == "lstm" else h,
+        _aligned(kept.extra) if spec.has_c else h,
         _aligned(state0),
         _aligned(kept.extra) if save_extra else None,
         _aligned(weights.w_hh),
@@ -445,7 +469,7 @@ def _planes(mask: Tensor | None) -> Tensor | None:
 
 def _no_gradients(spec: CellSpec, h: Tensor, H: int) -> Tensor | None:
     """Zeros that the kernel adds the gradients by params to, row by row of the batch: [B, options.dparams, H]."""
-    rows = launch.options(spec, 0, False).dparams
+    rows = constexprs.options(spec, 0, False).dparams
     return h.new_zeros(h.shape[1], rows, H, dtype=torch.promote_types(h.dtype, torch.float32)) if rows else None
 
 

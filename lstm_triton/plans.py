@@ -113,7 +113,7 @@ class LaunchPlan:
         """What differs from the plain cell, and what that costs a step."""
         spec = self.spec
         used = {
-            "activation": spec.activation if spec.cell == "rnn" or spec.activation != "tanh" else "tanh",
+            "activation": spec.activation,
             "recurrent_activation": spec.recurrent_activation,
             "output_activation": spec.output_phi,
         }
@@ -131,11 +131,11 @@ class LaunchPlan:
         if spec.keeps_preactivations:
             found.append("gates whose value does not tell the derivative are activated again in backward")
         if spec.layer_norm:
-            what = "the recurrent product and c are" if spec.cell == "lstm" else "the recurrent product is"
-            times = "twice" if spec.cell == "lstm" else "once"
+            what = "the recurrent product and c are" if spec.has_c else "the recurrent product is"
+            times = "twice" if spec.has_c else "once"
             found.append(f"layer norm: {what} normalised, for which the row's sums go round the group {times} a step")
         if spec.zoneout != (0.0, 0.0):
-            found.append(f"zoneout of h {spec.zoneout[0]}" + f", of c {spec.zoneout[1]}" * (spec.cell == "lstm"))
+            found.append(f"zoneout of h {spec.zoneout[0]}" + f", of c {spec.zoneout[1]}" * spec.has_c)
         if self.masks == 1:
             found.append("recurrent dropout with one mask: h is stored once more, masked, where others read it")
         elif self.masks:

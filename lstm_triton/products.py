@@ -1,7 +1,8 @@
 """What is one product over all time steps, in plain torch: gradients by x and the weights, and gates made again.
 
-Names and shapes: ops.py. da [T, B, D*H] are the gradients by the pre-activations, in slots (launch.slots): those by the
-input product first, of the GRU with reset after in the order n, r, z; then, or among them, those by the recurrent one.
+Names and shapes: ops.py. da [T, B, D*H] are the gradients by the pre-activations, in slots (constexprs.slots): those by
+the input product first, of the GRU with reset after in the order n, r, z; then, or among them, those by the recurrent
+one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import launch
+from . import constexprs
 from .reference import activate
 from .spec import EPSILON, RESET, VALID, Activation, CellSpec
 
@@ -22,7 +23,7 @@ class Kept(NamedTuple):
     """What forward keeps for backward beside h, None where the cell needs none of it."""
 
     gates: Tensor | None  # [T, B, G*H]
-    extra: Tensor | None  # [T, B, H] c of the LSTM, W_hn h[t-1] + b_hn of the GRU
+    extra: Tensor | None  # [T, B, H] c of the LSTM, W_hn h[t-1] + b_hn of the GRU, `extra` of a registered cell
     normed: Tensor | None  # [T, B, G*H] the recurrent product, normalised
     stats: Tensor | None  # [T, B, 4] its mean and 1 / standard deviation, and those of c
 
@@ -55,7 +56,7 @@ def remade(
     spec: CellSpec, x: Tensor, h_before: Tensor, c: Tensor | None, c_before: Tensor | None, weights: Weights
 ) -> Kept:
     """What the forward kernel keeps, from x[t], h[t-1], and of the LSTM c[t] and c[t-1], of all steps at once."""
-    if not launch.saves(spec)[0]:
+    if not constexprs.saves(spec)[0]:
         return Kept(None, c, None, None)
     H = weights.w_hh.shape[0] // spec.gates
     high = torch.promote_types(x.dtype, torch.float32)
@@ -67,7 +68,7 @@ def remade(
         variance, mean = torch.var_mean(product, -1, correction=0, keepdim=True)
         scale = torch.rsqrt(variance + EPSILON)
         normed = product.sub_(mean).mul_(scale)
-        first = len(spec.peepholes)
+        first = len(spec.vectors)
         product = normed * weights.params[first : first + spec.gates].flatten() + weights.b_hh
         stats = torch.cat((mean, scale, torch.zeros_like(mean), torch.ones_like(mean)), -1)
     if spec.cell == "gru":
@@ -81,7 +82,7 @@ def remade(
             by_gate[2] += linear(rows, weights.w_hh[2 * H :], None if weights.b_hh is None else weights.b_hh[2 * H :])
     else:
         a += product
-    if spec.cell == "lstm":
+    if spec.has_c:
         _finish_lstm(spec, by_gate, c, c_before, stats, weights)
     for name, gate in zip(spec.gate_names, by_gate, strict=True):
         gate.copy_(kept_gate(spec, gate, _activation(spec, name)))
@@ -135,11 +136,11 @@ def reopened(spec: CellSpec, kept: Tensor, activation: Activation) -> Tensor:
 def input_gradient(spec: CellSpec, da: Tensor, w_ih: Tensor | None) -> Tensor:
     """dx [T, B, I]; without w_ih, by the input product [T, B, G*H]."""
     by_x = _by_input_product(spec, da)
-    rolled = spec.cell == "gru" and spec.reset_after
+    shift = spec.kind.shift * (by_x.shape[-1] // spec.gates)
     if w_ih is None:
-        return by_x.roll(-(by_x.shape[-1] // spec.gates), -1) if rolled else by_x.contiguous()
+        return by_x.roll(-shift, -1) if shift else by_x.contiguous()
     T, B, _ = da.shape
-    return (_rows(by_x) @ (w_ih.roll(w_ih.shape[0] // spec.gates, 0) if rolled else w_ih)).view(T, B, -1)
+    return (_rows(by_x) @ (w_ih.roll(shift, 0) if shift else w_ih)).view(T, B, -1)
 
 
 def weight_gradients(
@@ -307,20 +308,20 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _by_input_product(spec: CellSpec, da: Tensor) -> Tensor:
     """The slots of da by the input product."""
-    D, _ = launch.slots(spec)
+    D, _ = constexprs.slots(spec)
     return da if spec.gates == D else da[..., : da.shape[-1] // D * spec.gates]
 
 
 def by_recurrent_product(spec: CellSpec, da: Tensor) -> Tensor:
     """The slots of da by the recurrent product, in torch.nn's order."""
-    D, first = launch.slots(spec)
+    D, first = constexprs.slots(spec)
     return da if spec.gates == D else da[..., da.shape[-1] // D * first :]
 
 
 def _in_gate_order(spec: CellSpec, by_x: Tensor) -> Tensor:
     """From the order of _by_input_product along the rows to torch.nn's."""
-    rolled = spec.cell == "gru" and spec.reset_after
-    return by_x.roll(-(by_x.shape[0] // spec.gates), 0) if rolled else by_x
+    shift = spec.kind.shift * (by_x.shape[0] // spec.gates)
+    return by_x.roll(-shift, 0) if shift else by_x
 
 
 def previous(h: Tensor, h_first: Tensor, steps: Tensor | None, reverse: bool) -> Tensor:

@@ -2,19 +2,21 @@
 
 It knows nothing of the kernels. The signatures are those of lstm_triton.functional; `engine`, `tile` and `memory` say
 how to compute and not what, so they are taken and not used. The equations are in `_lstm_step`, `_gru_step` and
-`_rnn_step`; what goes on around a step, the states that it holds, zeroes or keeps, in `_scan`.
+`_rnn_step`, those of a registered cell in its own function; what goes on around a step, the states that it holds,
+zeroes or keeps, in `_scan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import elu, linear, softplus
 
 from .philox import kept
-from .spec import EPSILON, Activation, CellSpec, activation_of
+from .spec import EPSILON, KINDS, Activation, CellSpec, activation_of
 
 #: What `memory` may be: keep for the backward pass what it reads, or compute it again there.
 MEMORY = ("store", "recompute")
@@ -124,6 +126,65 @@ def rnn(
     )[:2]  # fmt: skip
 
 
+def function_of(cell: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of a registered cell, with the arguments of lt.functional's."""
+
+    def run(
+        x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+        b_hh: Tensor | None, *, params: Tensor | None = None, input_mask: Tensor | None = None,
+        recurrent_mask: Tensor | None = None, norm_ih: Norm | None = None, norm_hh: Norm | None = None,
+        zoneout: float | tuple[float, float] = 0, seed: Tensor | None = None, lengths: Tensor | None = None,
+        mask: Tensor | None = None, reset: Tensor | None = None, reverse: bool = False, return_cells: bool = False,
+        memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None, **options: Any,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        check_options(cell, options)
+        normalised = _normalised(norm_ih=norm_ih, norm_hh=norm_hh)
+        bias = b_ih is not None or b_hh is not None
+        spec = CellSpec(cell, bias=bias, layer_norm=normalised, zoneout=zoneout, **options)
+        return _run(
+            spec, memory, x, h0, c0, w_ih, w_hh, b_ih, b_hh, None, params, norm_ih, norm_hh, None, input_mask,
+            recurrent_mask, lengths, mask, reset, seed, reverse, return_cells,
+        )  # fmt: skip
+
+    def without_c(
+        x: Tensor, h0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None, **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return run(x, h0, None, w_ih, w_hh, b_ih, b_hh, **options)[:2]
+
+    def with_c(
+        x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None, return_cells: bool = False, **options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        outputs = run(x, h0, c0, w_ih, w_hh, b_ih, b_hh, return_cells=return_cells, **options)
+        return outputs if return_cells else outputs[:3]
+
+    return named(cell, with_c if KINDS[cell].has_c else without_c)
+
+
+def named(cell: str, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of a registered cell under its own name, and with a docstring."""
+    kind = KINDS[cell]
+    G, gates, state = len(kind.gates), ", ".join(kind.gates), ", c0 and c_n [B, H]" if kind.has_c else ""
+    rows = f" params [{len(kind.vectors)}, H]: {', '.join(kind.vectors)}." if kind.vectors else ""
+    takes = f" Options: {', '.join(kind.takes)}." if kind.takes else ""
+    function.__name__ = function.__qualname__ = cell
+    function.__doc__ = (
+        f"The registered cell {cell}: one layer, one direction. x [T, B, I], h0 and h_n [B, H]{state}, w_ih [{G}H, I], "
+        f"w_hh [{G}H, H], biases [{G}H], gates in the order {gates}; y [T, B, H].{rows}{takes} What else there is: "
+        "lt.functional.lstm."
+    )
+    return function
+
+
+def check_options(cell: str, options: dict[str, Any]) -> None:
+    """TypeError for a keyword that the registered cell's functions do not have."""
+    for name in options:
+        if name not in KINDS[cell].takes:
+            has = ", ".join(KINDS[cell].takes) or "none"
+            raise TypeError(f"{cell}() got an unexpected keyword argument {name!r}: options of its own are {has}")
+
+
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """The activation, a name or (name, alpha, beta), of x of any shape. See spec.ACTIVATIONS."""
     name, alpha, beta = activation_of(activation)
@@ -201,10 +262,7 @@ def sequence(
         weight = torch.cat([rows[f"norm_hh.{gate}"] for gate in spec.gate_names])
         return _normalise(_product(h, w_hh[gates], None, factors), weight, bias)
 
-    if spec.cell == "lstm":
-        step = _lstm_step(spec, recurrent, rows, w_hr)
-    else:
-        step = {"gru": _gru_step, "rnn": _rnn_step}[spec.cell](spec, recurrent)
+    step = STEPS[spec.cell](spec, recurrent, rows, w_hr)
     columns = (w_hh.shape[1], H)
     state = tuple(
         x.new_zeros(x.shape[1], n) if s is None else s
@@ -212,7 +270,7 @@ def sequence(
     )
     keep = _zoneout(spec.zoneout, seed, x.shape[0], state)
     outputs, state = _scan(step, keep, x, state, *step_masks(x, lengths, mask, reset), reverse)
-    if spec.cell != "lstm":
+    if not spec.has_c:
         return outputs[0], state[0], None, None
     return outputs[0], *state, outputs[1] if return_cells else None
 
@@ -238,7 +296,7 @@ def _lstm_step(spec: CellSpec, recurrent: Recurrent, rows: dict[str, Tensor], w_
     return step
 
 
-def _gru_step(spec: CellSpec, recurrent: Recurrent) -> Step:
+def _gru_step(spec: CellSpec, recurrent: Recurrent, rows: dict[str, Tensor], w_hr: None) -> Step:
     def step(x_t: Tensor, state: State) -> State:
         (h,) = state
         x_rz, x_n = x_t.tensor_split([2 * x_t.shape[-1] // 3], dim=-1)
@@ -254,11 +312,33 @@ def _gru_step(spec: CellSpec, recurrent: Recurrent) -> Step:
     return step
 
 
-def _rnn_step(spec: CellSpec, recurrent: Recurrent) -> Step:
+def _rnn_step(spec: CellSpec, recurrent: Recurrent, rows: dict[str, Tensor], w_hr: None) -> Step:
     def step(x_t: Tensor, state: State) -> State:
         return (activate(_clip(x_t + recurrent(state[0]), spec.gate_clip), spec.activation),)
 
     return step
+
+
+def step_of(function: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> Callable[..., Step]:
+    """The step of a registered cell: function(x, h, state, ...) -> h[t], or h[t] and c[t]. See registry.py."""
+
+    def make(spec: CellSpec, recurrent: Recurrent, rows: dict[str, Tensor], w_hr: None) -> Step:
+        told = {name: getattr(spec, name) for name in spec.kind.takes}
+        if spec.vectors:
+            told["params"] = tuple(rows[name] for name in spec.vectors)
+
+        def step(x_t: Tensor, state: State) -> State:
+            x, h = (product.chunk(spec.gates, dim=-1) for product in (x_t, recurrent(state[0])))
+            made = function(x, h, state[-1], **told)
+            return made if spec.has_c else (made,)
+
+        return step
+
+    return make
+
+
+#: How a step of each cell is made, with those that registry.py adds.
+STEPS = {"lstm": _lstm_step, "gru": _gru_step, "rnn": _rnn_step}
 
 
 def _zoneout(
@@ -334,7 +414,7 @@ def _normalised(**norms: Norm | None) -> bool:
 
 def _run(
     spec: CellSpec, memory: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, peephole: Tensor | None, norm_ih: Norm | None,
+    b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None, vectors: Tensor | None, norm_ih: Norm | None,
     norm_hh: Norm | None, norm_c: Norm | None, input_mask: Tensor | None, recurrent_mask: Tensor | None,
     lengths: Tensor | None, mask: Tensor | None, reset: Tensor | None, seed: Tensor | None, reverse: bool,
     return_cells: bool,
@@ -343,7 +423,7 @@ def _run(
     check_memory(memory)
     x = _input_part(x, w_ih, b_ih, input_mask, norm_ih, lengths, mask)
     H = w_hh.shape[0] // spec.gates
-    rows = [] if peephole is None else [peephole]
+    rows = [] if vectors is None else [vectors]
     if norm_hh is not None:
         weight, bias = norm_hh
         rows.append(weight.reshape(-1, H))

@@ -11,8 +11,52 @@ from itertools import product
 #: The name of an activation, or (name, alpha, beta), or (name, alpha).
 Activation = str | tuple[str, float, float] | tuple[str, float]
 
-#: Gates in torch.nn's order, which is the order of the rows of `w_ih`, `w_hh` and the biases.
-GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("r", "z", "n"), "rnn": ("h",)}
+
+@dataclass(frozen=True)
+class CellKind:
+    """What the code around a cell has to know of its mathematics (kernels/cells.py).
+
+    gates: their names in the order of the rows of w_ih, w_hh and the biases: torch.nn's, or as it was registered.
+    slots: of which gate each gradient is that the cell's backward finds, in their order. The first G are those by the
+        input product, the last G those by the recurrent one: the same, if there are no more.
+    has_c: there is a cell state c beside h. extra: backward reads one more tile. keeps: it reads the gates.
+    takes: which of CellSpec's options there are. zoned: the states that zoneout may hold.
+    vectors: what the rows of `params` are, numbers for each hidden unit; those of an LSTM are its peepholes.
+    """
+
+    gates: tuple[str, ...]
+    slots: tuple[str, ...]
+    has_c: bool = False
+    extra: bool = False
+    keeps: bool = True
+    takes: tuple[str, ...] = ()
+    zoned: tuple[str, ...] = ("h",)
+    vectors: tuple[str, ...] = ()
+
+    @property
+    def h_slot(self) -> int:
+        """The first slot by the recurrent product."""
+        return len(self.slots) - len(self.gates)
+
+    @property
+    def shift(self) -> int:
+        """How far, in gates, the slots by the input product are rolled against the order of the gates."""
+        return -self.gates.index(self.slots[0]) % len(self.gates)
+
+
+_OF_GATES = ("activation", "recurrent_activation", "gate_clip")
+_OF_LSTM = (*_OF_GATES, "output_activation", "proj", "peephole", "coupled", "cell_clip")
+_LSTM = CellKind(tuple("ifgo"), tuple("ifgo"), True, True, takes=_OF_LSTM, zoned=("h", "c"))
+_COUPLED = replace(_LSTM, gates=tuple("igo"), slots=tuple("igo"))
+_GRU = CellKind(tuple("rzn"), tuple("nrzn"), extra=True, takes=(*_OF_GATES, "reset_after"))
+_RESET_BEFORE = replace(_GRU, slots=tuple("rzn"), extra=False)
+_RNN = CellKind(("h",), ("h",), keeps=False, takes=("activation", "gate_clip"))
+
+#: Every kind of cell by name, with those that registry.py adds.
+KINDS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN}
+
+#: The gates of the kinds that are built in.
+GATES = {cell: kind.gates for cell, kind in KINDS.items()}
 
 #: Every activation, with ONNX's alpha and beta where they count for something.
 ACTIVATIONS: dict[str, tuple[float, float]] = {
@@ -65,8 +109,8 @@ def activation_of(given: Activation, argument: str = "activation") -> tuple[str,
 class CellSpec:
     """One cell: its kind and its options.
 
-    cell: "lstm" (Hochreiter and Schmidhuber 1997, with Gers' forget gate), "gru" (Cho et al. 2014) or "rnn" (Elman
-        1990).
+    cell: "lstm" (Hochreiter and Schmidhuber 1997, with Gers' forget gate), "gru" (Cho et al. 2014), "rnn" (Elman
+        1990), or the name of a registered one, which has the options that it was registered with.
     activation: of the candidate (g, n, or the rnn's h). recurrent_activation: of the gates i, f, o, r, z.
         output_activation: of the LSTM's cell state; None: as activation. See `activation_of`.
     bias: whether there are biases.
@@ -95,16 +139,18 @@ class CellSpec:
     zoneout: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        if self.cell not in GATES:
-            raise ValueError(f"cell must be one of {', '.join(map(repr, GATES))}, got {self.cell!r}")
+        if self.cell not in KINDS:
+            known = ", ".join(map(repr, KINDS))
+            raise ValueError(f"cell must be one of {known}, or be registered first, got {self.cell!r}")
+        takes = KINDS[self.cell].takes
         for name in ("proj", "peephole", "coupled", "cell_clip", "output_activation"):
             value = getattr(self, name)
-            if self.cell != "lstm" and value not in (0, None, False):
+            if name not in takes and value not in (0, None, False):
                 raise ValueError(f"{name} is for the lstm alone, got {name}={value!r} for {self.cell!r}")
         for name in ("peephole", "coupled", "reset_after", "layer_norm"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.cell != "gru" and not self.reset_after:
+        if "reset_after" not in takes and not self.reset_after:
             raise ValueError(f"reset_after is for the gru alone, got reset_after=False for {self.cell!r}")
         for name in ("activation", "recurrent_activation", "output_activation"):
             value = getattr(self, name)
@@ -123,11 +169,20 @@ class CellSpec:
                 if not _finite(value) or value <= 0:
                     raise ValueError(f"{name} must be a positive finite number or None, got {value!r}")
                 self._normalise(name, float(value))
+        for name, default in (("activation", "tanh"), ("recurrent_activation", "sigmoid"), ("gate_clip", None)):
+            value = getattr(self, name)
+            if name not in takes and value != default:
+                raise ValueError(f"{name} is no option that {self.cell!r} was registered with: got {value!r}")
         self._normalise("zoneout", zoneout_of(self.cell, self.zoneout))
         if self.layer_norm and not self.reset_after:
             raise ValueError(
                 "layer_norm cannot go with reset_after=False: one mean and variance over all gates of a step need "
                 "their products at once, and there the third product needs the gates of the other two"
+            )
+        if self.layer_norm and self.has_c and self.registered:
+            raise ValueError(
+                f"layer_norm cannot go with {self.cell!r}: of a registered cell with a cell state it is not known "
+                "where to normalise that"
             )
 
     def _normalise(self, name: str, value: object) -> None:
@@ -146,14 +201,31 @@ class CellSpec:
     @property
     def plain(self) -> bool:
         """Nothing but the cell, its biases and projection: what torch.nn has, the rnn's relu included."""
-        if self.activation != "tanh" and (self.cell, self.activation) != ("rnn", "relu"):
+        if self.registered or (self.activation != "tanh" and (self.cell, self.activation) != ("rnn", "relu")):
             return False
         return all(getattr(self, name) == default for name, default in _OF_PLAIN_CELLS)
 
     @property
+    def kind(self) -> CellKind:
+        """What the cell's mathematics asks of the code around it."""
+        if self.coupled:
+            return _COUPLED
+        return KINDS[self.cell] if self.reset_after else _RESET_BEFORE
+
+    @property
+    def registered(self) -> bool:
+        """The cell is not built in."""
+        return self.cell not in GATES
+
+    @property
+    def has_c(self) -> bool:
+        """There is a cell state c beside h."""
+        return self.kind.has_c
+
+    @property
     def gate_names(self) -> tuple[str, ...]:
         """In the order of the rows of w_ih, w_hh and the biases."""
-        return ("i", "g", "o") if self.coupled else GATES[self.cell]
+        return self.kind.gates
 
     @property
     def gates(self) -> int:
@@ -163,7 +235,7 @@ class CellSpec:
     @property
     def states(self) -> tuple[str, ...]:
         """The initial states, each [B, H], as the functions call them; the final ones come back in the same order."""
-        return ("h0", "c0") if self.cell == "lstm" else ("h0",)
+        return ("h0", "c0") if self.has_c else ("h0",)
 
     @property
     def peepholes(self) -> tuple[str, ...]:
@@ -171,11 +243,16 @@ class CellSpec:
         return () if not self.peephole else ("i", "o") if self.coupled else ("i", "f", "o")
 
     @property
+    def vectors(self) -> tuple[str, ...]:
+        """What the rows of `params` [K, H] hold that the cell itself reads."""
+        return self.kind.vectors + tuple(f"peephole.{gate}" for gate in self.peepholes)
+
+    @property
     def rows(self) -> tuple[str, ...]:
-        """What the rows of `params` [K, H] hold: each a vector with one number for each hidden unit."""
+        """What all rows of `params` [K, H] hold: each a vector with one number for each hidden unit."""
         norm = tuple(f"norm_hh.{gate}" for gate in self.gate_names) if self.layer_norm else ()
-        norm += ("norm_c.weight", "norm_c.bias") if self.layer_norm and self.cell == "lstm" else ()
-        return (*(f"peephole.{gate}" for gate in self.peepholes), *norm)
+        norm += ("norm_c.weight", "norm_c.bias") if self.layer_norm and self.has_c else ()
+        return (*self.vectors, *norm)
 
     @property
     def two_products(self) -> bool:
@@ -185,7 +262,7 @@ class CellSpec:
     @property
     def waits(self) -> int:
         """How often in a step a program needs something from all others of its group."""
-        return 1 + self.two_products + self.layer_norm * (2 if self.cell == "lstm" else 1)
+        return 1 + self.two_products + self.layer_norm * (2 if self.has_c else 1)
 
     def keeps_value(self, activation: Activation) -> bool:
         """Backward reads the value of a gate with this activation, and not what that came from.
@@ -197,13 +274,13 @@ class CellSpec:
     @property
     def keeps_preactivations(self) -> bool:
         """Some gate is kept before its activation, and activated again in backward."""
-        used = (self.activation,) if self.cell == "rnn" else (self.activation, self.recurrent_activation)
+        used = [getattr(self, name) for name in ("activation", "recurrent_activation") if name in self.kind.takes]
         return not all(map(self.keeps_value, used))
 
     @property
     def remakes_cell(self) -> bool:
-        """Backward computes what the LSTM's step made of c again: c[t] is that clipped, normalised or zoned out."""
-        return self.cell == "lstm" and (self.cell_clip is not None or self.layer_norm or self.zoneout[1] > 0)
+        """Backward computes what the step made of c again: c[t] is that clipped, normalised or zoned out."""
+        return self.has_c and (self.cell_clip is not None or self.layer_norm or self.zoneout[1] > 0)
 
     @property
     def output_phi(self) -> Activation:
@@ -214,11 +291,12 @@ class CellSpec:
     def options(self) -> dict[str, object]:
         """What the functions have to be told beyond their tensors, by argument, where it is not the default."""
         told_by_tensors = ("cell", "bias", "proj", "peephole", "layer_norm")
+        always = "activation" if "activation" in self.kind.takes else ""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
             if field.name not in told_by_tensors
-            and (field.name == "activation" or getattr(self, field.name) != field.default)
+            and (field.name == always or getattr(self, field.name) != field.default)
         }
 
     @property
@@ -246,8 +324,8 @@ class CellSpec:
         rows = self.gates * hidden
         biases = {"b_ih": (rows,), "b_hh": (rows,)} if self.bias else {}
         projection = {"w_hr": (self.proj, hidden)} if self.proj else {}
-        peephole = {"peephole": (len(self.peepholes), hidden)} if self.peephole else {}
-        return {"w_ih": (rows, inputs), "w_hh": (rows, self.output(hidden)), **biases, **projection, **peephole}
+        vectors = {"params" if self.registered else "peephole": (len(self.vectors), hidden)} if self.vectors else {}
+        return {"w_ih": (rows, inputs), "w_hh": (rows, self.output(hidden)), **biases, **projection, **vectors}
 
 
 _OF_PLAIN_CELLS = tuple(
@@ -258,14 +336,21 @@ _OF_PLAIN_CELLS = tuple(
 
 
 def zoneout_of(cell: str, given: object) -> tuple[float, float]:
-    """The probabilities for h and c: a pair for the LSTM, or one number for both; one number for the others.
+    """The probabilities for h and c: a pair for a cell with a cell state, or one number for both; else one number.
 
-    ValueError unless they are in [0, 1].
+    ValueError unless they are in [0, 1], and 0 for a state that zoneout may not hold.
     """
-    pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given if cell == "lstm" else 0.0)
-    if len(pair) != 2 or any(not _finite(p) or not 0 <= p <= 1 for p in pair) or (cell != "lstm" and pair[1] != 0):
-        wanted = "a number in [0, 1], or a pair of them for h and c" if cell == "lstm" else "a number in [0, 1]"
+    kind = KINDS[cell]
+    pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given if kind.has_c else 0.0)
+    if len(pair) != 2 or any(not _finite(p) or not 0 <= p <= 1 for p in pair) or (not kind.has_c and pair[1] != 0):
+        wanted = "a number in [0, 1], or a pair of them for h and c" if kind.has_c else "a number in [0, 1]"
         raise ValueError(f"zoneout must be {wanted}, got {given!r}")
+    for state, p in zip("hc", pair, strict=True):
+        if p > 0 and state not in kind.zoned:
+            raise ValueError(
+                f"zoneout of {state} cannot go with {cell!r}: its backward reads what the step made of {state}, which "
+                f"is then not what was kept; got {given!r}"
+            )
     return float(pair[0]), float(pair[1])
 
 

@@ -156,7 +156,7 @@ def kernels(problem: Problem, device: str) -> list[Kernel]:
     import torch
 
     import lstm_triton as lt
-    from lstm_triton import launch
+    from lstm_triton import constexprs
 
     shapes = problem.shapes
     tensors = {name: torch.empty(size, dtype=DTYPES[problem.dtype], device=device) for name, size in shapes.items()}
@@ -166,11 +166,11 @@ def kernels(problem: Problem, device: str) -> list[Kernel]:
     kinds = (("forward", True), ("forward", False), ("backward", True))
     directions = (False, True) if problem.module else (problem.reverse,)
     flags = problem.ragged, problem.cells, problem.seeded
-    options = launch.options(plan.spec, plan.masks, problem.seeded)
+    options = constexprs.options(plan.spec, plan.masks, problem.seeded)
     return [
         Kernel(plan, name, training, reverse, *flags, part)
         for reverse, (name, training) in itertools.product(directions, kinds)
-        for part in range(len(launch.parts(getattr(plan, name), options)))
+        for part in range(len(constexprs.parts(getattr(plan, name), options)))
     ]
 
 

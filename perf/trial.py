@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from lstm_triton import launch, tuning
+from lstm_triton import constexprs, launch, tuning
 from lstm_triton.devices import Device
 from lstm_triton.planner import KernelProblem, make_plan
 from lstm_triton.plans import KernelPlan, LaunchPlan
@@ -173,7 +173,7 @@ class Data:
         )  # fmt: skip
 
     def _backward(self, plan: LaunchPlan) -> launch.Backward:
-        saves_gates, saves_extra = launch.saves(self.spec)
+        saves_gates, saves_extra = constexprs.saves(self.spec)
         states = (self.y, self.h0) if self.c0 is None else (self.extra, self.c0)
         saved = self.gates if saves_gates else None, *states, self.extra if saves_extra else None
         return launch.backward(

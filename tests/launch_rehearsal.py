@@ -15,7 +15,7 @@ from lstm_triton.kernels.forward import sequence_forward
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lstm_triton import launch
+from lstm_triton import constexprs, launch
 from lstm_triton.devices import devices
 from lstm_triton.planner import make_plan
 from lstm_triton.spec import CellSpec
@@ -37,7 +37,7 @@ class Driver:
 def train(spec: CellSpec, masks: int, T: int, B: int, H: int = 64) -> None:
     """The launches of forward and backward on the resident engine, on tensors of the right shapes and dtypes."""
     G, rows, zeros = spec.gates, len(spec.rows), torch.zeros
-    dparams = launch.options(spec, masks, True).dparams
+    dparams = constexprs.options(spec, masks, True).dparams
     plan = make_plan(spec, T, B, H, torch.float32, devices()["H200"], engine="resident", masks=masks)
     w_hh, state = zeros(G * H, H), zeros(B, H)
     same: dict[str, Any] = {
@@ -67,7 +67,7 @@ def rehearse(specs: list[tuple[CellSpec, int]]) -> None:
     """Each spec with its number of masks: one kernel for each direction, whatever the length and the batch."""
 
     def warm_up(kernel: Any, plan: Any, tensors: Any, sizes: Any, constants: Any) -> None:
-        for part in launch.parts(plan, constants["OPT"]):
+        for part in constexprs.parts(plan, constants["OPT"]):
             kernel.warmup(*tensors, *sizes, 0, grid=(1,), **constants, **part, **launch._options(plan))
 
     words = torch.zeros(1024, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)

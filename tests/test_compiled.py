@@ -13,8 +13,9 @@ from lstm_triton.perf import resources, sass
 from lstm_triton.perf.budget import CLASSES
 from lstm_triton.perf.ptx import ptx_order
 
+from lstm_triton.constexprs import options, parts
 from lstm_triton.devices import devices
-from lstm_triton.launch import compile_ahead, options, parts
+from lstm_triton.launch import compile_ahead
 from lstm_triton.planner import ENGINES, LaunchPlan, make_plan
 from lstm_triton.spec import OPTIONS, CellSpec
 

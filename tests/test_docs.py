@@ -16,8 +16,12 @@ from lstm_triton.spec import ACTIVATIONS, activation_of
 
 ROOT = Path(__file__).parent.parent
 CELLS = (ROOT / "docs" / "cells.md").read_text()
-PAGES = [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])]
-EXAMPLES = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+]
+#: But docs/adding-a-cell.md, whose device functions have to stand in a file: test_registry.py runs it as one.
+EXAMPLES = [page for page in PAGES if "```python\n" in (ROOT / page).read_text() and page != "docs/adding-a-cell.md"]
 
 
 def section(title: str) -> str:
@@ -26,7 +30,7 @@ def section(title: str) -> str:
 
 
 def test_pages_with_examples() -> None:
-    assert EXAMPLES == ["README.md", "docs/cells.md", "docs/drop-in.md"]
+    assert EXAMPLES == ["README.md", "docs/cells.md", "docs/derivation.md", "docs/drop-in.md", "docs/kernels.md"]
 
 
 @pytest.mark.native
@@ -50,7 +54,9 @@ def test_links_lead_somewhere(page: str) -> None:
             continue
         name, _, anchor = target.partition("#")
         other = (ROOT / page).parent / name if name else ROOT / page
-        assert other.is_file(), target
+        assert other.exists(), target
+        if other.suffix != ".md":
+            continue
         titles = [
             title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
         ]

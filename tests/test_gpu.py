@@ -16,7 +16,7 @@ from lstm_triton.perf.problems import Problem, check_engine
 from numerics import ENGINES, problem, relative_error
 
 import lstm_triton as lt
-from lstm_triton import launch
+from lstm_triton import constexprs, launch
 from lstm_triton.spec import CellSpec, variants
 
 pytestmark = pytest.mark.gpu
@@ -102,7 +102,7 @@ def test_a_wait_that_runs_out_is_said_at_the_next_call(monkeypatch: pytest.Monke
     try:
         with torch.no_grad():
             with monkeypatch.context() as patch:
-                patch.setattr(launch, "POLLS", 0)
+                patch.setattr(constexprs, "POLLS", 0)
                 y, _ = lt.functional.gru(*inputs, engine="resident")
                 torch.cuda.synchronize()
             assert y[-1].isnan().all()
@@ -116,7 +116,7 @@ def test_a_wait_that_runs_out_is_said_at_the_next_call(monkeypatch: pytest.Monke
 
 def test_a_wait_that_runs_out_is_said_at_once_where_anomalies_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = cuda(problem("gru", 50, 16, 1024, dtype=torch.bfloat16))
-    monkeypatch.setattr(launch, "POLLS", 0)
+    monkeypatch.setattr(constexprs, "POLLS", 0)
     try:
         with torch.no_grad(), timeouts_at_once(), pytest.raises(RuntimeError, match="waited in vain"):
             lt.functional.gru(*inputs, engine="resident")

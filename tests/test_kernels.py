@@ -13,7 +13,7 @@ from lstm_triton.kernels.forward import sequence_forward
 from numerics import CELLS, ENGINES, TOLERANCE, differentiate, problem, relative_error, worst_error
 
 import lstm_triton as lt
-from lstm_triton import launch
+from lstm_triton import constexprs, launch
 from lstm_triton.devices import INTERPRETER, Device
 from lstm_triton.planner import make_plan
 from lstm_triton.spec import CellSpec
@@ -196,14 +196,18 @@ def test_offsets_beyond_31_bits() -> None:
     gates[T - 1], y[T - 2], dys[T - 1], da[T - 2] = x, h, dy, da_before
     plan = make_plan(CellSpec("rnn"), 1, B, H, torch.float16, INTERPRETER, engine="step", tile=(16, 32))
 
-    constants = launch._constants(plan, plan.forward, True) | {"REVERSE": False, "MASKED": False}
+    constants = constexprs.constexprs_of(plan, plan.forward, True) | {"REVERSE": False, "MASKED": False}
     tensors = (gates, w_hh, b_hh, *(None,) * 5, h0, y, h.float(), *(None,) * 9)
     launch._run(sequence_forward, plan.forward, tensors, (1, B, T - 1, 1), constants)
     wanted = torch.tanh(x.double() + h.double() @ w_hh.double().t() + b_hh.double())
     assert relative_error(y[T - 1], wanted) <= TOLERANCE[torch.float16]
 
     # Of the direction that runs backwards in time, so that step T-2 has its gradients before T-1.
-    constants = launch._constants(plan, plan.backward, True) | {"REVERSE": True, "MASKED": False, "HAS_DCELLS": False}
+    constants = constexprs.constexprs_of(plan, plan.backward, True) | {
+        "REVERSE": True,
+        "MASKED": False,
+        "HAS_DCELLS": False,
+    }
     states = torch.zeros(B, H), torch.zeros(B, H)
     tensors = (dys, None, None, y, h0, *(None,) * 3, w_hh, *(None,) * 5, da, None, *states, *(None,) * 5)
     launch._run(sequence_backward, plan.backward, tensors, (1, B, T - 1, 0, 1, 0), constants)

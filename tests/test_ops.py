@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton as lt
-from lstm_triton import launch, ops
+from lstm_triton import constexprs, launch, ops
 from lstm_triton.spec import variants
 
 ENGINES = ("local", "step")
@@ -334,5 +334,5 @@ def test_every_launch_gets_the_same_pointers(
 
 def test_slots_name_each_cell() -> None:
     for spec in variants():
-        slots, first = launch.slots(spec)
+        slots, first = constexprs.slots(spec)
         assert first + spec.gates <= slots

@@ -17,7 +17,7 @@ from lstm_triton.perf.problems import Problem, Tensors, check_engine, draw, expe
 from torch.overrides import TorchFunctionMode
 
 import lstm_triton as lt
-from lstm_triton import launch
+from lstm_triton import constexprs
 from lstm_triton.modules import spec_of
 from lstm_triton.planner import ENGINES
 from lstm_triton.plans import LaunchPlan
@@ -38,12 +38,12 @@ def small(spec: CellSpec = GRU, engine: str = "local", **changes: Any) -> Proble
 
 
 def test_variants_are_what_the_kernels_have() -> None:
-    assert {spec.cell for spec in SPECS} == set(launch._CELLS)
+    assert {spec.cell for spec in SPECS} == set(constexprs._CELLS)
     assert {replace(spec, bias=not spec.bias) for spec in PLAIN} == set(PLAIN)
     assert len({str(spec) for spec in SPECS}) == len(SPECS)
     # and of what the kernels are told nothing is the same for all, but what is no matter of the cell
-    told = [launch.options(spec, 0, False)._asdict() for spec in SPECS]
-    same = {name for name in launch.Options._fields if len({options[name] for options in told}) == 1}
+    told = [constexprs.options(spec, 0, False)._asdict() for spec in SPECS]
+    same = {name for name in constexprs.Options._fields if len({options[name] for options in told}) == 1}
     assert same == {"epsilon", "masks", "random"}
     listed = engines.first()
     assert {problem.masks for problem in listed} == {"", *engines.MASKED}

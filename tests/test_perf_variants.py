@@ -13,7 +13,7 @@ import triton
 from lstm_triton.perf import baseline, resources, table, variants
 from lstm_triton.perf.variants import LIMIT, Job, Variant
 
-from lstm_triton import launch
+from lstm_triton import constexprs, launch
 from lstm_triton.spec import ACTIVATIONS, GATES, OPTIONS, CellSpec
 
 FOLDER = Path(__file__).parent.parent / "perf" / "results" / "resources"
@@ -73,18 +73,18 @@ def test_what_is_next_to_nothing_stays_so() -> None:
 
 @pytest.mark.both
 def test_every_option_is_there_alone() -> None:
-    default = launch.options(CellSpec("lstm"), 0, False)
+    default = constexprs.options(CellSpec("lstm"), 0, False)
     for cell in GATES:
         found = list(variants.variants(cell, 64))
         assert len({variant.name for variant in found}) == len(found)
         assert {variant.spec.cell for variant in found} == {cell}
         assert {variant.spec.activation for variant in found} == set(ACTIVATIONS)
         assert {variant.masks for variant in found} == {0, 1, len(GATES[cell])}
-        met = [launch.options(variant.spec, variant.masks, variant.random) for variant in found]
+        met = [constexprs.options(variant.spec, variant.masks, variant.random) for variant in found]
         assert {options.random for options in met} == {True, False}
         # and so is every flag of the kernels that some option of this cell sets
-        of_options = [launch.options(spec, 0, False) for spec in OPTIONS if spec.cell == cell]
-        plain = launch.options(CellSpec(cell), 0, False)
+        of_options = [constexprs.options(spec, 0, False) for spec in OPTIONS if spec.cell == cell]
+        plain = constexprs.options(CellSpec(cell), 0, False)
         for name in set(default._fields) - {"params", "dparams", "norm_row", "g", "output"}:
             if any(getattr(options, name) != getattr(plain, name) for options in of_options):
                 assert any(getattr(options, name) != getattr(plain, name) for options in met), (cell, name)

@@ -11,12 +11,21 @@ import triton
 import triton.language as tl
 from cell_problems import CellProblem
 from concurrency import POLICIES, Livelock, concurrent
+from concurrency.faults import (
+    no_wait,
+    plant,
+    publish_by_store,
+    publish_relaxed,
+    publish_without_barrier,
+    wait_for_one_less,
+    wait_without_barrier,
+)
 from lstm_triton.kernels import backward as backward_text
 from lstm_triton.kernels import forward as forward_text
 from numerics import differentiate, problem
 
 import lstm_triton as lt
-from lstm_triton import launch
+from lstm_triton import constexprs
 from lstm_triton.spec import CellSpec
 
 ENGINES = ("resident", "streamed")
@@ -106,45 +115,6 @@ def test_no_race_with_recurrent_dropout(engine: str, masks: int) -> None:
     assert run.launches == 2 and not run.races, run.describe()
 
 
-@triton.jit
-def no_wait(counter_ptr, target, polls):
-    return tl.full((), 1, tl.int1)
-
-
-@triton.jit
-def wait_for_one_less(counter_ptr, target, polls):
-    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    while seen < target - 1:
-        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    tl.debug_barrier()
-    return seen >= target - 1
-
-
-@triton.jit
-def wait_without_barrier(counter_ptr, target, polls):
-    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    while seen < target:
-        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    return seen >= target
-
-
-@triton.jit
-def publish_without_barrier(counter_ptr):
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def publish_relaxed(counter_ptr):
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
-
-
-@triton.jit
-def publish_by_store(counter_ptr):
-    tl.debug_barrier()
-    tl.store(counter_ptr, tl.load(counter_ptr) + 1)
-
-
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
@@ -176,7 +146,7 @@ def test_planted_faults_are_found(
                     y, *_ = call(inputs, engine)
                     assert not run.races
                 with monkeypatch.context() as patch:
-                    patch.setattr(backward_text if backward else forward_text, name, fault)
+                    plant(patch, name, fault)
                     if backward:
                         y.sum().backward()
                     else:
@@ -220,9 +190,9 @@ def test_each_of_two_waits_is_needed(
         inputs = [t.requires_grad_() for t in projected(3)]
         with concurrent(0, policy=policy) as run, monkeypatch.context() as patch:
             if not backward:
-                patch.setattr(backward_text if backward else forward_text, "wait", fault)
+                plant(patch, "wait", fault)
             y, *_ = project(inputs, engine)
-            patch.setattr(backward_text if backward else forward_text, "wait", fault)
+            plant(patch, "wait", fault)
             if backward:
                 y.sum().backward()
         found += run.races
@@ -261,11 +231,11 @@ def test_every_wait_of_a_step_is_needed(
             patch.setattr(sys.modules[__name__], "NUMBER", number)
             patch.setattr(sys.modules[__name__], "WAITS", spec.waits)
             if not backward:
-                patch.setattr(backward_text if backward else forward_text, "wait", wait_left_out)
+                plant(patch, "wait", wait_left_out)
             results = problem.run(lt.functional, leaves, engine="streamed", tile=(16, 8))
             if backward:
                 assert not run.races  # of the sound forward
-                patch.setattr(backward_text if backward else forward_text, "wait", wait_left_out)
+                plant(patch, "wait", wait_left_out)
                 sum(t.sum() for t in results).backward()
         found += run.races
     assert found and {race.kernel for race in found} == {"sequence_backward" if backward else "sequence_forward"}
@@ -273,7 +243,7 @@ def test_every_wait_of_a_step_is_needed(
 
 def test_a_wait_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """One after another, the first program waits for a second that has not begun: bounded, NaN, and said so."""
-    monkeypatch.setattr(launch, "POLLS", 50)
+    monkeypatch.setattr(constexprs, "POLLS", 50)
     inputs = problem("gru", 3, 2, 20)
     made = []
     allocate = torch.Tensor.new_empty

@@ -13,7 +13,7 @@ from sequence_cases import PLAIN, WITH_OPTIONS, Case
 from torch import Tensor
 
 import lstm_triton as lt
-from lstm_triton import launch, ops
+from lstm_triton import constexprs, launch, ops
 
 LSTM, GRU, RNN = PLAIN
 LSTM_OPTIONS, GRU_OPTIONS, RNN_OPTIONS = WITH_OPTIONS
@@ -164,7 +164,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None =
         T, B, _ = dy.shape
         if lengths is not None:
             lengths.append(T)
-        return launch.Backward(dy.new_ones(T, B, launch.slots(plan.spec)[0] * plan.H), dh, dstate, None)
+        return launch.Backward(dy.new_ones(T, B, constexprs.slots(plan.spec)[0] * plan.H), dh, dstate, None)
 
     monkeypatch.setattr(launch, "forward", forward)
     monkeypatch.setattr(launch, "backward", backward)

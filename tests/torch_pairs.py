@@ -27,6 +27,10 @@ ALIKE = ["GRU"] if INTERPRETED else list(LAYERS)
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def build(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     """Ours and torch.nn's with the same arguments, after the same seed and so with the same weights."""
     built = []
