@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .calls import check_engine
 from .checks import check_attributes
 from .modules import PARAMETER_NAMES, Device, shown_options
 from .spec import CellSpec
@@ -31,7 +32,7 @@ class RNNCellBase(nn.Module):
         self.hidden_size = hidden_size
         self.bias = bias
         self.engine = engine
-        functional.check_engine(engine)
+        check_engine(engine)
         for argument, shape in CellSpec(self.cell).parameters(input_size, hidden_size).items():
             name = PARAMETER_NAMES[argument]
             if bias or name.startswith("weight"):

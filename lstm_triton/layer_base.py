@@ -14,9 +14,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
+from .calls import check_engine
 from .checks import autocasts, check_arguments, check_attributes, check_dropouts
 from .layer_options import OPTIONS, PARAMETER_NAMES, Device, State, shown_options, spec_of
 from .ragged import Packing, Steps, batch_of_one, packing_of
+from .reference import check_memory
 from .spec import EPSILON, zoneout_of
 
 BATCHED = {2: "unbatched", 3: "batched"}
@@ -67,8 +69,8 @@ class RNNBase(nn.Module):
             setattr(self, name, value)
         check_arguments(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         check_dropouts(self.recurrent_dropout, self.input_dropout, self.dropout_per_gate)
-        functional.check_engine(engine)
-        functional.check_memory(memory)
+        check_engine(engine)
+        check_memory(memory)
 
         spec = spec_of(self)
         G, H = spec.gates, hidden_size

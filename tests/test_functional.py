@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton as lt
-from lstm_triton import host, launch
+from lstm_triton import calls, host, launch
 from lstm_triton.spec import RESET, VALID
 
 pytestmark = pytest.mark.both
@@ -239,7 +239,7 @@ def test_lengths_of_any_integer_dtype(engine: str) -> None:
     inputs = draw("rnn")
     with run_on(engine) as chosen:
         wanted = call("rnn", inputs, lengths=LENGTHS, **chosen)
-        for dtype in lt.functional.INTEGERS:
+        for dtype in calls.INTEGERS:
             found = call("rnn", inputs, lengths=LENGTHS.to(dtype), **chosen)
             assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True)), dtype
         negative = call("rnn", inputs, lengths=LENGTHS - 3, **chosen)
@@ -269,7 +269,7 @@ def test_recomputing_gives_what_storing_gives(engine: str) -> None:
 
 
 def test_flags() -> None:
-    flags = lt.functional.step_flags
+    flags = calls.step_flags
     assert flags(None, None) is None
     assert flags(MASK, None).tolist() == (VALID * MASK.long()).tolist()
     assert flags(None, RESETS).tolist() == (VALID + RESET * RESETS.long()).tolist()

@@ -80,7 +80,7 @@ def test_groups_in_several_launches(cell: str, monkeypatch: pytest.MonkeyPatch) 
     """Where not all groups fit on the GPU at once, the rest come in further launches."""
     small = replace(INTERPRETER, sms=3)
     monkeypatch.setattr(Device, "occupancy", lambda *_: 1)
-    monkeypatch.setattr(lt.functional.launch, "device_of", lambda _: small)
+    monkeypatch.setattr(launch, "device_of", lambda _: small)
     for engine in ("resident", "streamed", "local"):
         inputs = problem(cell, 3, 40, 20)
         plan = lt.plan(cell, *inputs, engine=engine, tile=(16, 16))

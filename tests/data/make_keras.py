@@ -1,4 +1,4 @@
-"""What Keras makes of small layers, for test_interop: writes keras.npz beside this file.
+"""What Keras makes of small layers, for test_interop_keras: writes keras.npz beside this file.
 
     pip install keras==3.15.1 torch numpy && KERAS_BACKEND=torch python tests/data/make_keras.py
 
