@@ -119,6 +119,7 @@ def product(
     LOCAL: the rows are this program's own, a tuple of tiles. Else the whole group's, read from memory.
     """
     SPLIT_K: tl.constexpr = PLAN.SPLIT_K
+    PRECISION: tl.constexpr = PLAN.PRECISION
     IN_SEGMENT: tl.constexpr = (SEGMENT + BLOCK_K - 1) // BLOCK_K  # K tiles
     K_TILES: tl.constexpr = len(rows) if PLAN.LOCAL else (K + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = len(weights.column_ptrs)
@@ -151,11 +152,11 @@ def product(
             row = rows[k]
             if PLAN.LOCAL and SPLIT_K > 1:
                 row = tl.permute(tl.reshape(row, (PLAN.BLOCK_B, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 0, 2))
-            acc = dot(row, columns, acc, PLAN.DOT, PLAN.PRECISION)
+            acc = dot(row, columns, acc, PLAN.DOT, PRECISION)
     else:
         for k in tl.range(0, K, BLOCK_K, num_stages=PLAN.STAGES):
             row = load_tile(row_ptrs, row_mask, row_k, K - k, MASK_K)
-            acc = dot(row, load_tile(ptrs, mask, offs_k, K - k, MASK_K), acc, PLAN.DOT, PLAN.PRECISION)
+            acc = dot(row, load_tile(ptrs, mask, offs_k, K - k, MASK_K), acc, PLAN.DOT, PRECISION)
             row_ptrs += BLOCK_K
             ptrs += BLOCK_K * STRIDE
     if SPLIT_K > 1:
