@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lstm_triton as lt
-from lstm_triton import launch
+from lstm_triton import calls, launch
 from lstm_triton.spec import GATES
 
 pytestmark = pytest.mark.both
@@ -319,7 +319,7 @@ class NoSynchronisation(TorchDispatchMode):
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_value_is_looked_at(cell: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the way to the kernels and back nothing makes the CPU wait for a GPU: tensors without values will do."""
-    monkeypatch.setattr(lt.functional, "_on_kernels", lambda x: True)
+    monkeypatch.setattr(calls, "on_kernels", lambda x: True)
     monkeypatch.setattr(torch, "autocast", lambda kind, enabled: nullcontext())  # it knows no such device
     inputs = [torch.empty(t.shape, device="meta", requires_grad=True) for t in problem(cell, 5, 3, HIDDEN)]
     mask, reset = torch.empty(2, 5, 3, device="meta", dtype=torch.bool)
