@@ -170,7 +170,8 @@ class Trainer:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         other = {name: value for name, value in checkpoint["settings"].items() if getattr(self.args, name) != value}
         if other or checkpoint["step"] > self.args.steps:
-            raise SystemExit(f"{path} is of step {checkpoint['step']} of another run or a longer one, with {other}")
+            told = f"made with {other}" if other else f"of step {checkpoint['step']}, beyond --steps {self.args.steps}"
+            raise SystemExit(f"{path} cannot be resumed: it is {told}")
         for name in ("model", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(checkpoint[name])
         self.step, self.place = checkpoint["step"], checkpoint["place"]
@@ -184,8 +185,10 @@ def train(library: str, args: argparse.Namespace) -> Trainer:
     """Up to step `args.steps`, from the beginning or from the checkpoint."""
     trainer = Trainer(library, args)
     path = args.checkpoint and args.checkpoint.with_name(f"{args.checkpoint.stem}-{library}{args.checkpoint.suffix}")
-    if args.resume:
+    if args.resume and path.exists():
         trainer.load(path)
+    elif args.resume:
+        print(f"no {path}: {library} begins at the beginning")
     bar = tqdm(range(trainer.step, args.steps), desc=library, unit="step", disable=None)
     for _ in bar:
         loss = trainer.train_step()
@@ -206,32 +209,59 @@ class Result:
     trainers: dict[str, Trainer]
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """What argparse makes of a number: it has to be an integer, `low` or more."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return int(text)
+
+    return number
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=formatter)
     add = parser.add_argument
-    add("--steps", type=int, default=1000, help="training steps; a resumed run goes on to this step")
+    add("--steps", type=at_least(0), default=1000, help="training steps; a resumed run goes on to this step")
     add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="recurrent layer")
-    add("--hidden", type=int, default=128, help="hidden units of each layer, and numbers that stand for a character")
-    add("--layers", type=int, default=1, help="recurrent layers")
+    add(
+        "--hidden",
+        type=at_least(1),
+        default=128,
+        help="hidden units of each layer, and numbers that stand for a character",
+    )
+    add("--layers", type=at_least(1), default=1, help="recurrent layers")
     add("--dropout", type=float, default=0.0, help="between the layers")
-    add("--batch", type=int, default=32, help="streams of text read side by side")
-    add("--seq", type=int, default=64, help="characters of each stream in a step: how far gradients reach back")
+    add("--batch", type=at_least(1), default=32, help="streams of text read side by side")
+    add("--seq", type=at_least(1), default=64, help="characters of each stream in a step: how far gradients reach back")
     add("--lr", type=float, default=5e-3, help="Adam's learning rate")
     add("--seed", type=int, default=0, help="of weights, dropout and samples")
-    add("--threads", type=int, default=1, help="of the CPU; more are faster only where cores are idle")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="cuda runs the Triton kernels")
+    add("--threads", type=at_least(1), default=1, help="of the CPU; more are faster only where cores are idle")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    add("--device", choices=devices, default=devices[0], help="cuda runs the Triton kernels")
     add("--amp", choices=("off", *AMP_DTYPES), default="off", help="autocast to this type; fp16 with a scaled loss")
     add("--checkpoint", type=Path, metavar="PATH", help="file to save to; `-lstm_triton` or `-torch.nn` joins its name")
-    add("--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; the last step has one too")
+    add(
+        "--save-every",
+        type=at_least(1),
+        default=100,
+        metavar="N",
+        help="steps between checkpoints, beside the last",
+    )
     add("--resume", action="store_true", help="go on from --checkpoint")
-    add("--sample", type=int, default=300, metavar="N", help="characters to draw from the trained model")
+    add("--sample", type=at_least(0), default=300, metavar="N", help="characters to draw from the trained model")
     add("--temperature", type=float, default=0.7, help="of the drawing: below 1, likely characters become likelier")
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="train torch.nn's layer too")
     args = parser.parse_args(argv)
     if args.resume and args.checkpoint is None:
         parser.error("--resume needs --checkpoint")
+    if args.temperature <= 0:
+        parser.error(f"--temperature must be above 0, got {args.temperature}")
+    longest = len(text_of_python()[2]) // args.batch - 1
+    if args.seq > longest:
+        parser.error(f"--batch {args.batch} streams of the held-out text have at most --seq {longest}, got {args.seq}")
     return args
 
 

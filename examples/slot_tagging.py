@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,24 +202,38 @@ def print_pair(cell: str, pair: list[list[str]], recurrent: list[list[int]], win
         print("".join(f"{word:10}{TAGS[tag]:13}{TAGS[by_window]:17}" for word, tag, by_window in row).rstrip())
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """What argparse makes of a number: it has to be an integer, `low` or more."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return int(text)
+
+    return number
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=formatter)
     add = parser.add_argument
     add("--cell", choices=("rnn", "gru", "lstm"), default="lstm", help="recurrent layer")
-    add("--hidden", type=int, default=64, help="hidden units, of either network")
-    add("--embedding", type=int, default=32, help="numbers that stand for a word, in either network")
-    add("--window", type=int, default=2, help="words that the other network sees on either side of each word")
-    add("--sentences", type=int, default=4000, help="sentences to train on")
-    add("--held-out", type=int, default=1000, help="sentences to test on")
-    add("--steps", type=int, default=300, help="training steps of each network")
-    add("--batch", type=int, default=32, help="sentences in a step")
+    add("--hidden", type=at_least(1), default=64, help="hidden units, of either network")
+    add("--embedding", type=at_least(1), default=32, help="numbers that stand for a word, in either network")
+    add("--window", type=at_least(1), default=2, help="words that the other network sees on either side of each word")
+    add("--sentences", type=at_least(1), default=4000, help="sentences to train on")
+    add("--held-out", type=at_least(1), default=1000, help="sentences to test on")
+    add("--steps", type=at_least(0), default=300, help="training steps of each network")
+    add("--batch", type=at_least(1), default=32, help="sentences in a step")
     add("--lr", type=float, default=5e-3, help="Adam's learning rate")
     add("--seed", type=int, default=0, help="of the sentences, the weights and the batches")
-    add("--threads", type=int, default=1, help="of the CPU; tensors this small only make more of them wait")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="cuda runs the Triton kernels")
-    return parser.parse_args(argv)
+    add("--threads", type=at_least(1), default=1, help="of the CPU; tensors this small only make more of them wait")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    add("--device", choices=devices, default=devices[0], help="cuda runs the Triton kernels")
+    args = parser.parse_args(argv)
+    if args.batch > args.sentences:
+        parser.error(f"--batch {args.batch} takes more sentences than --sentences {args.sentences}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

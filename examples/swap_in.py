@@ -84,8 +84,9 @@ def run(model: Assistant, batch: Batch) -> dict[str, Tensor]:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """||found - exact|| / ||exact||; not a number where something in either is not."""
-    return float((found.double() - exact).norm() / exact.norm())
+    """||found - exact|| / ||exact||, 0 where both are 0; not a number where something in either is not."""
+    error, size = (found.double() - exact).norm(), exact.norm()
+    return 0.0 if error == size == 0 else float(error / size)
 
 
 def check(ours: Assistant, theirs: Assistant, batch: Batch, tolerance: float) -> bool:
@@ -151,22 +152,33 @@ def check_return(ours: Assistant, theirs: Assistant, batch: Batch, tolerance: fl
     return plain and shared and keys and error <= tolerance
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """What argparse makes of a number: it has to be an integer, `low` or more."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return int(text)
+
+    return number
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=formatter)
     add = parser.add_argument
-    add("--words", type=int, default=500, help="size of the vocabulary")
-    add("--topics", type=int, default=8, help="topics to choose from")
-    add("--embedding", type=int, default=64, help="numbers that stand for a word")
-    add("--hidden", type=int, default=128, help="hidden units of each layer and direction")
-    add("--batch", type=int, default=16, help="sequences in the batch")
-    add("--seq", type=int, default=32, help="words of the longest sequence; replies have half as many")
-    add("--rounds", type=int, default=20, help="timed calls of either model")
+    add("--words", type=at_least(2), default=500, help="size of the vocabulary")
+    add("--topics", type=at_least(2), default=8, help="topics to choose from")
+    add("--embedding", type=at_least(1), default=64, help="numbers that stand for a word")
+    add("--hidden", type=at_least(1), default=128, help="hidden units of each layer and direction")
+    add("--batch", type=at_least(1), default=16, help="sequences in the batch")
+    add("--seq", type=at_least(4), default=32, help="words of the longest sequence; replies have half as many")
+    add("--rounds", type=at_least(1), default=20, help="timed calls of either model")
     add("--tolerance", type=float, default=1e-5, help="of each output and gradient, relative to float64")
     add("--seed", type=int, default=0, help="of the weights and the batch")
-    add("--threads", type=int, default=1, help="of the CPU; more are faster only where cores are idle")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="cuda runs the Triton kernels")
+    add("--threads", type=at_least(1), default=1, help="of the CPU; more are faster only where cores are idle")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    add("--device", choices=devices, default=devices[0], help="cuda runs the Triton kernels")
     add("--spoil", action="store_true", help="change one weight of the converted copy, to see the check fail")
     return parser.parse_args(argv)
 

@@ -138,6 +138,10 @@ def function_of(cell: str) -> Callable[..., tuple[Tensor, ...]]:
         memory: str = "store", engine: str = "reference", tile: tuple[int, int] | None = None, **options: Any,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         check_options(cell, options)
+        rows = (len(KINDS[cell].vectors), w_hh.shape[1])
+        if (params is None) if rows[0] else (params is not None):
+            wanted = f"a Tensor {rows}" if rows[0] else "left out: the cell was registered without vectors"
+            raise TypeError(f"params must be {wanted}, got {None if params is None else tuple(params.shape)}")
         normalised = _normalised(norm_ih=norm_ih, norm_hh=norm_hh)
         bias = b_ih is not None or b_hh is not None
         spec = CellSpec(cell, bias=bias, layer_norm=normalised, zoneout=zoneout, **options)

@@ -138,6 +138,14 @@ def check_cell(name: str, *, hidden: int = 11, steps: int = 3, tolerance: float 
     if name not in _registered:
         known = ", ".join(map(repr, _registered)) or "none is registered"
         raise ValueError(f"name must be a registered cell's ({known}), got {name!r}")
+    if others := set(options) - set(KINDS[name].takes):
+        raise ValueError(
+            f"options must be those that {name!r} was registered with ({', '.join(KINDS[name].takes) or 'none'}), got "
+            f"{', '.join(sorted(others))}: engines and the like are all gone through"
+        )
+    for argument, value in (("hidden", hidden), ("steps", steps)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be a positive integer, got {value!r}")
     if not (launch.INTERPRETED or torch.cuda.is_available()):
         raise RuntimeError("check_cell runs kernels: it needs a GPU, or TRITON_INTERPRET=1 before triton is imported")
     for how, more, call in _calls(name, hidden, steps, launch.device_of(torch.empty(0, device=_device()))):
@@ -232,6 +240,8 @@ def _names(argument: str, given: Any) -> tuple[str, ...]:
 def _check_name(name: Any, meaning: tuple[Any, ...]) -> None:
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"name must be a Python identifier, got {name!r}")
+    if name.startswith("_"):
+        raise ValueError(f"name must not begin with an underscore, got {name!r}")
     if name in GATES:
         raise ValueError(f"name must be another than those of the built-in cells, got {name!r}")
     if name in _registered:

@@ -347,10 +347,12 @@ def zoneout_of(cell: str, given: object) -> tuple[float, float]:
         raise ValueError(f"zoneout must be {wanted}, got {given!r}")
     for state, p in zip("hc", pair, strict=True):
         if p > 0 and state not in kind.zoned:
-            raise ValueError(
-                f"zoneout of {state} cannot go with {cell!r}: its backward reads what the step made of {state}, which "
-                f"is then not what was kept; got {given!r}"
+            why = (
+                "it was registered without candidate, which tells what the step made of c"
+                if state == "c"
+                else "its backward reads what the step made of h, which is then not what was kept"
             )
+            raise ValueError(f"zoneout of {state} cannot go with {cell!r}: {why}; got {given!r}")
     return float(pair[0]), float(pair[1])
 
 

@@ -227,12 +227,49 @@ def test_a_checkpoint_is_never_half_written(
 def test_resuming_needs_a_checkpoint_of_the_same_run(short_text: ModuleType, tmp_path: Path) -> None:
     arguments = [*SMALL_LM, "--checkpoint", str(tmp_path / "run.pt")]
     short_text.main([*arguments, "--steps", "2"])
-    with pytest.raises(SystemExit, match=r"with \{'cell': 'lstm'\}"):
+    with pytest.raises(SystemExit, match=r"cannot be resumed: it is made with \{'cell': 'lstm'\}"):
         short_text.main([*arguments, "--steps", "4", "--resume", "--cell", "gru"])
-    with pytest.raises(SystemExit, match="is of step 2 of another run or a longer one"):
+    with pytest.raises(SystemExit, match="cannot be resumed: it is of step 2, beyond --steps 1"):
         short_text.main([*arguments, "--steps", "1", "--resume"])
     with pytest.raises(SystemExit, match="2"):
         short_text.main([*SMALL_LM, "--resume"])
+
+
+@pytest.mark.native
+def test_a_library_without_a_checkpoint_begins_at_the_beginning(
+    short_text: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So a run that stopped while its first model was trained can be resumed."""
+    arguments = [*SMALL_LM, "--checkpoint", str(tmp_path / "run.pt")]
+    short_text.main([*arguments, "--steps", "2"])
+    resumed = short_text.main([*arguments, "--steps", "3", "--resume", "--compare"])
+    assert "torch.nn begins at the beginning" in capsys.readouterr().out
+    assert {trainer.step for trainer in resumed.trainers.values()} == {3}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("char_lm", ["--batch", "0"], "argument --batch: must be at least 1, got 0"),
+        ("char_lm", ["--batch", "20000"], "have at most --seq"),
+        ("char_lm", ["--temperature", "0"], "--temperature must be above 0"),
+        ("slot_tagging", ["--sentences", "8"], "takes more sentences than --sentences 8"),
+        ("slot_tagging", ["--device", "abacus"], "argument --device: invalid choice"),
+        ("swap_in", ["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_told(name: str, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        example(name).main(arguments)
+    assert raised.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.native
+def test_nothing_is_off_by_nothing() -> None:
+    error = example("swap_in").relative_error
+    assert error(torch.zeros(3), torch.zeros(3)) == 0
+    assert error(torch.ones(3), torch.zeros(3)) == float("inf")
 
 
 @pytest.mark.both

@@ -523,6 +523,10 @@ def test_a_wrong_call_is_told(page: ModuleType) -> None:
     call("mgu", TypeError, "params is of cells registered with vectors, which 'mgu' was not",
          x, None, w_ih, w_hh, params=w_hh)  # fmt: skip
     call("diagonal", TypeError, "params must be a Tensor (2, 4), rows u, b, got None", x, None, w_ih[:4], w_hh[:4])
+    with pytest.raises(TypeError, match=re.escape("params must be a Tensor (2, 4), got None")):
+        lt.reference.diagonal(x, None, w_ih[:4], w_hh[:4, :4])
+    with pytest.raises(TypeError, match="params must be left out"):
+        lt.reference.mgu(x, None, w_ih, w_hh, params=w_hh)
     call("diagonal", ValueError, "params must have shape (2, 4)", x, None, w_ih[:4], w_hh[:4], params=w_hh[:3])
     call("plain", ValueError, "zoneout of h cannot go with 'plain'", x, None, w_ih[:4], w_hh[:4], zoneout=0.1)
     with pytest.raises(ValueError, match="activation is no option that 'mgu' was registered with: got 'relu'"):
@@ -533,6 +537,12 @@ def test_a_wrong_call_is_told(page: ModuleType) -> None:
         CellSpec("own_lstm", peephole=True)
     with pytest.raises(ValueError, match="name must be a registered cell's"):
         lt.check_cell("lstm")
+    with pytest.raises(ValueError, match=r"options must be those that 'mgu' was registered with \(none\), got engine"):
+        lt.check_cell("mgu", engine="step")
+    with pytest.raises(ValueError, match="steps must be a positive integer, got 0"):
+        lt.check_cell("mgu", steps=0)
+    with pytest.raises(ValueError, match="name must not begin with an underscore, got '__getattr__'"):
+        lt.register_cell("__getattr__", **LSTM)
     with pytest.raises(ValueError, match="or be registered first, got 'of_another_process'"):
         CellSpec.parse("of_another_process zoneout=(0.1,0.0)")
 
@@ -541,6 +551,8 @@ def test_a_wrong_call_is_told(page: ModuleType) -> None:
 def test_zoneout_of_c_wants_the_candidate() -> None:
     lt.register_cell("held_lstm", **LSTM)
     assert (KINDS["held_lstm"].zoned, KINDS["own_lstm"].zoned) == (("h",), ("h", "c"))
-    with pytest.raises(ValueError, match="zoneout of c cannot go with 'held_lstm'"):
+    with pytest.raises(
+        ValueError, match="zoneout of c cannot go with 'held_lstm': it was registered without candidate"
+    ):
         CellSpec("held_lstm", zoneout=(0.0, 0.1))
     assert planner.make_plan(CellSpec("held_lstm", zoneout=(0.1, 0.0)), 4, 2, 8, torch.float32, devices.INTERPRETER)
