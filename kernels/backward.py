@@ -43,9 +43,10 @@ def load_saved(
 
 
 @triton.jit
-def column_weights(w_ptr, own, WIDTH: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr,
-                   PLAN: tl.constexpr):  # fmt: skip
-    """This program's columns of a matrix [K, WIDTH]."""
+def column_weights(
+    w_ptr, own, WIDTH: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_K: tl.constexpr, PLAN: tl.constexpr
+):
+    """This program's columns of a matrix [K, WIDTH], K in segments (see product.load_resident)."""
     ptrs = ()
     for tile in tl.static_range(len(own.columns)):
         ptrs += (w_ptr + own.columns[tile],)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from concurrency import POLICIES, Livelock, OutOfBounds, concurrent
+from concurrency.faults import publish_by_store, publish_relaxed, publish_without_barrier
 from concurrency.races import UNORDERED
 from triton.runtime.errors import InterpreterError
 
@@ -59,26 +60,9 @@ def publish(counter_ptr):
 
 
 @triton.jit
-def publish_no_barrier(counter_ptr):
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def publish_relaxed(counter_ptr):
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
-
-
-@triton.jit
 def publish_cta(counter_ptr):
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="cta")
-
-
-@triton.jit
-def publish_plain(counter_ptr):
-    tl.debug_barrier()
-    tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 
 
 @triton.jit
@@ -153,7 +137,7 @@ def test_correct_kernel_is_clean(policy):
         {"wait_fn": wait_no_barrier},
         {"wait_fn": wait_relaxed},
         {"wait_fn": wait_plain},
-        {"publish_fn": publish_no_barrier},
+        {"publish_fn": publish_without_barrier},
         {"publish_fn": publish_relaxed},
         {"publish_fn": publish_cta},
         {"overlap": True},
@@ -186,7 +170,7 @@ def test_plain_store_instead_of_the_release_is_caught():
         counter = torch.zeros(1, dtype=torch.int32)
         with concurrent(seed=seed, max_idle=50) as run:
             try:
-                chain[(1, 2)](y, counter, STEPS, wait, publish_plain, 2, BLOCK, 2 * BLOCK, False)
+                chain[(1, 2)](y, counter, STEPS, wait, publish_by_store, 2, BLOCK, 2 * BLOCK, False)
                 outcomes.add("ended")
             except Livelock:
                 outcomes.add("livelock")
@@ -274,7 +258,7 @@ def relay(data_ptr, flag_ptr, out_ptr):
         publish(flag_ptr)
     elif tl.program_id(0) == 1:
         wait_no_barrier(flag_ptr, 1)
-        publish_no_barrier(flag_ptr + 1)
+        publish_without_barrier(flag_ptr + 1)
     else:
         wait(flag_ptr + 1, 1)
         tl.store(out_ptr + offs, tl.load(data_ptr + offs))
